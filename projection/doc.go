@@ -1,0 +1,2 @@
+// Package projection folds events into read models.
+package projection
