@@ -17,11 +17,13 @@ import (
 // pageSize bounds how long a reader holds the lock.
 const pageSize = 512
 
-// Store is an event store in memory. All methods may be called concurrently.
+// Store is an event store and the state of read models in memory. All methods
+// may be called concurrently.
 type Store struct {
 	now    func() time.Time
 	limits eventstore.Limits
 	logID  string
+	state  *state
 
 	mu         sync.RWMutex
 	closed     bool
@@ -47,6 +49,7 @@ func New() *Store {
 		now:        time.Now,
 		limits:     eventstore.DefaultLimits(),
 		logID:      uuid.NewString(),
+		state:      newState(),
 		streams:    map[eventstore.Stream][]eventstore.Position{},
 		categories: map[string][]eventstore.Position{},
 		types:      map[string][]eventstore.Position{},
