@@ -45,14 +45,25 @@ type Condition struct {
 	Kind     ConditionKind
 	Stream   Stream
 	Revision Revision
-	Query    Query
-	After    Position
+	// LastEvent, when not zero, is the id that the stream's last event must have.
+	LastEvent uuid.UUID
+	Query     Query
+	After     Position
 }
 
 // StreamAt demands that the stream is exactly at the revision; the zero
 // Revision demands that it does not exist.
 func StreamAt(s Stream, r Revision) Condition {
 	return Condition{Kind: ConditionStreamAt, Stream: s, Revision: r}
+}
+
+// StreamAtEvent demands that the stream has so many events and that the last
+// one is the event with the id. It is how a commit follows one of the same
+// stream that is still being written, whose position nobody knows: were the
+// version checked alone, the commit would pass when its predecessor lost to
+// another writer who wrote as many events.
+func StreamAtEvent(s Stream, version uint64, last uuid.UUID) Condition {
+	return Condition{Kind: ConditionStreamAt, Stream: s, Revision: Revision{Version: version}, LastEvent: last}
 }
 
 // StreamExists demands that the stream has at least one event.
@@ -181,6 +192,9 @@ func (c Condition) validate() error {
 	case ConditionStreamAt, ConditionStreamExists:
 		if c.Revision.Version == 0 && c.Revision.Position != 0 {
 			return fmt.Errorf("%w: revision of %q: version 0 has no position, got %d", ErrInvalid, c.Stream, c.Revision.Position)
+		}
+		if c.LastEvent != uuid.Nil && c.Revision.Version == 0 {
+			return fmt.Errorf("%w: revision of %q: version 0 has no last event, got %s", ErrInvalid, c.Stream, c.LastEvent)
 		}
 		return c.Stream.Validate()
 	case ConditionNoneMatch:

@@ -54,6 +54,9 @@ func (e *ConflictError) Error() string {
 	case ConditionNoneMatch:
 		return fmt.Sprintf("conflict: an event at position %d, after %d, matches the condition's query: decide again on the events up to it", e.Found, e.After)
 	default:
+		if e.Kind == ConditionStreamAt && e.Expected.Version == e.Actual.Version {
+			return fmt.Sprintf("conflict: stream %q is at %s, but its last event is not the expected one", clip(e.Stream.String()), e.Actual)
+		}
 		return fmt.Sprintf("conflict: stream %q is at %s, expected %s", clip(e.Stream.String()), e.Actual, e.Expected)
 	}
 }

@@ -23,8 +23,8 @@ type Positioned interface{ At() Position }
 // can: relational stores the version, JetStream the position.
 //
 // In an expectation a Position of 0 beside a Version above 0 means "not known":
-// the version alone is checked. That is how a commit can follow another one of
-// the same stream that is still being written.
+// the version alone is checked. To follow a commit of the same stream that is
+// still being written, use [StreamAtEvent].
 type Revision struct {
 	Version  uint64
 	Position Position

@@ -157,7 +157,8 @@ func (s *Store) check(c *eventstore.Condition) error {
 	switch c.Kind {
 	case eventstore.ConditionStreamAt:
 		actual := s.revision(c.Stream)
-		if actual.Version != c.Revision.Version || c.Revision.Position != 0 && actual.Position != c.Revision.Position {
+		if actual.Version != c.Revision.Version || c.Revision.Position != 0 && actual.Position != c.Revision.Position ||
+			c.LastEvent != uuid.Nil && s.log[actual.Position-1].ID != c.LastEvent {
 			return &eventstore.ConflictError{Kind: c.Kind, Stream: c.Stream, Expected: c.Revision, Actual: actual}
 		}
 	case eventstore.ConditionStreamExists:
