@@ -1,2 +1,54 @@
-// Package projection folds events into read models.
+// Package projection folds events into read models and keeps them up to date:
+// it catches up with the log, follows it, and moves its checkpoint in the same
+// transaction as the rows, so that what a read model shows is always exactly
+// the fold of the log up to its checkpoint.
+//
+// It may import eventstore, and deed's internal clock and worker.
+//
+// # Defining read models
+//
+// A view is rows of one type under string keys, made by one small function for
+// each event type:
+//
+//	var balances = projection.View("balances",
+//		projection.On(func(b *Balance, e Opened) { b.Owner = e.Owner }),
+//		projection.On(func(b *Balance, e Deposited) { b.Cents += e.Cents }),
+//		projection.DeleteOn[Balance, Closed](),
+//	)
+//
+// The key is the ID of the event's stream. [OnKeyed] chooses other keys, also
+// several for one event; [OnMeta] sees position, time and metadata; [Of] keeps
+// an aggregate's own state as rows. Package query reads views.
+//
+// [SQL] is for read models in tables of your own: handlers get the
+// transaction, and one text serves every backend that has SQL.
+//
+// # Running them
+//
+// An application that is given the definitions does all of this: an [Engine]
+// has a worker for each projection. The worker takes the projection's lease,
+// reads its checkpoint, refuses a log that the checkpoint cannot belong to
+// ([ErrWrongLog]), subscribes after it and folds what it handles. While it
+// catches up it writes in large batches; live it writes at once. Events that do
+// not concern the projection cost no write.
+//
+// [Engine.WaitFor] waits until a read model contains a position, which is how
+// queries read their own writes. [Engine.Status] tells position, lag and the
+// last error. [Engine.Rebuild] folds again from the beginning.
+//
+// # When a handler fails
+//
+// Nothing of its batch remains. What precedes the event is done without it;
+// the event is tried again, alone, with growing pauses, and after
+// [Options.Attempts] goes to the dead letters with all later events of its
+// stream, in order, while the others go on. An event whose stored bytes cannot
+// be decoded goes there at once. [Engine.ReplayDeadLetters] tries them again
+// after the cause was removed.
+//
+// A failing database is not the event's fault: it is tried again until it
+// answers. A worker that lost its lease to another stops, with [ErrFenced].
+//
+// # State
+//
+// [State] is what a backend keeps for all this; see its comments to write one.
 package projection

@@ -1,0 +1,304 @@
+package projection
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/clock"
+	"github.com/deed-go/deed/internal/worker"
+)
+
+var (
+	// ErrNotRegistered: the engine was not given the projection.
+	ErrNotRegistered = errors.New("projection is not registered")
+	// ErrStopped: the projection does not run, so it cannot get anywhere.
+	ErrStopped = errors.New("projection has stopped")
+	// ErrWrongLog: the checkpoint belongs to another log, or to a longer one, as
+	// after the database was replaced or restored.
+	ErrWrongLog = errors.New("checkpoint does not fit the log")
+)
+
+// Options tune an [Engine]. The zero value is a good choice.
+type Options struct {
+	// Encoding decodes events. Defaults to JSON.
+	Encoding *eventstore.Encoding
+	// Clock times retries and lag. Defaults to the system's.
+	Clock clock.Clock
+	// Logger hears of retries, dead letters and stops. Defaults to slog.Default().
+	Logger *slog.Logger
+	// Owner names this engine in leases. Defaults to a random name. An engine with
+	// the name of an earlier one takes its leases over.
+	Owner string
+
+	// BatchEvents is about how many events a view folds before it writes its rows
+	// while catching up; live, it writes as soon as there are no more. Defaults to 4096.
+	BatchEvents int
+	// SQLEvents and SQLTime bound one transaction of an SQL projection, for which
+	// appends may have to wait: it ends with the event that reaches either. Default
+	// to 256 and 10 ms.
+	SQLEvents int
+	SQLTime   time.Duration
+	// CheckpointEvery is after how many positions without an event for the
+	// projection its checkpoint is written nevertheless; a restart reads at most
+	// that many again. Defaults to 4096.
+	CheckpointEvery int
+	// CachedRows is about how many rows each view keeps decoded. Defaults to 16384.
+	CachedRows int
+
+	// Attempts is how often an event is tried before it goes to the dead letters.
+	// Defaults to 5.
+	Attempts int
+	// RetryAfter is the pause after the first failure; it doubles with each further
+	// one, up to RetryAtMost. Default to 100 ms and 30 s.
+	RetryAfter  time.Duration
+	RetryAtMost time.Duration
+}
+
+func (o Options) withDefaults() Options {
+	if o.Clock == nil {
+		o.Clock = clock.System{}
+	}
+	if o.Logger == nil {
+		o.Logger = slog.Default()
+	}
+	o.Owner = cmp.Or(o.Owner, uuid.NewString())
+	o.BatchEvents = positiveOr(o.BatchEvents, 4096)
+	o.SQLEvents = positiveOr(o.SQLEvents, 256)
+	o.SQLTime = positiveOr(o.SQLTime, 10*time.Millisecond)
+	o.CheckpointEvery = positiveOr(o.CheckpointEvery, 4096)
+	o.CachedRows = positiveOr(o.CachedRows, 16384)
+	o.Attempts = positiveOr(o.Attempts, 5)
+	o.RetryAfter = positiveOr(o.RetryAfter, 100*time.Millisecond)
+	o.RetryAtMost = positiveOr(o.RetryAtMost, 30*time.Second)
+	return o
+}
+
+func positiveOr[T int | time.Duration](value, fallback T) T {
+	if value > 0 {
+		return value
+	}
+	return fallback
+}
+
+// Engine keeps projections up to date with a log. All methods may be called
+// concurrently.
+//
+// It starts nothing by itself: an application runs the [Engine.Workers].
+type Engine struct {
+	store   eventstore.Store
+	state   State
+	options Options
+
+	mu      sync.Mutex
+	runners []*runner
+}
+
+// NewEngine returns an engine without projections.
+func NewEngine(store eventstore.Store, state State, o Options) *Engine {
+	return &Engine{store: store, state: state, options: o.withDefaults()}
+}
+
+// Add registers a projection. It refuses definitions with mistakes and names
+// that are taken.
+func (e *Engine) Add(p Projection) error {
+	if err := p.Err(); err != nil {
+		return err
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if i := e.index(p.Name()); i >= 0 {
+		return fmt.Errorf("%w: two projections are named %q", eventstore.ErrInvalid, p.Name())
+	}
+	e.runners = append(e.runners, newRunner(e, p))
+	return nil
+}
+
+func (e *Engine) index(name string) int {
+	return slices.IndexFunc(e.runners, func(r *runner) bool { return r.projection.Name() == name })
+}
+
+func (e *Engine) runner(name string) (*runner, error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if i := e.index(name); i >= 0 {
+		return e.runners[i], nil
+	}
+	known := make([]string, len(e.runners))
+	for i, r := range e.runners {
+		known[i] = r.projection.Name()
+	}
+	return nil, fmt.Errorf("%w: %q (registered are %q): give it to the application when it starts", ErrNotRegistered, name, known)
+}
+
+// Check returns nil if p itself is registered, and otherwise an error that
+// says so.
+func (e *Engine) Check(p Projection) error {
+	r, err := e.runner(p.Name())
+	if err != nil {
+		return err
+	}
+	if r.projection != p {
+		return fmt.Errorf("%w: %q: another definition of that name is registered", ErrNotRegistered, p.Name())
+	}
+	return nil
+}
+
+// Workers returns a worker for each projection, in the order of Add.
+func (e *Engine) Workers() []worker.Worker {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	workers := make([]worker.Worker, len(e.runners))
+	for i, r := range e.runners {
+		workers[i] = r
+	}
+	return workers
+}
+
+// State returns where the rows are.
+func (e *Engine) State() State { return e.state }
+
+// WaitFor returns when the projection's rows contain everything up to p. The
+// error is ctx's when that ends first, one wrapping [ErrStopped] when the
+// projection has stopped, or [ErrNotRegistered].
+func (e *Engine) WaitFor(ctx context.Context, name string, p eventstore.Position) error {
+	r, err := e.runner(name)
+	if err != nil {
+		return err
+	}
+	return r.progress.wait(ctx, p, false)
+}
+
+// Reached returns the position up to which the projection's rows are the fold
+// of the log, as far as this engine has brought them; 0 before it runs.
+func (e *Engine) Reached(name string) (eventstore.Position, error) {
+	r, err := e.runner(name)
+	if err != nil {
+		return 0, err
+	}
+	return r.progress.reached(), nil
+}
+
+// Phase says what a projection is doing.
+type Phase string
+
+// The phases of a projection.
+const (
+	// PhaseStopped: it does not run; [Status.Err] says why if it was not told to.
+	PhaseStopped Phase = "stopped"
+	// PhaseCatchingUp: it works through stored events.
+	PhaseCatchingUp Phase = "catching up"
+	// PhaseLive: it has seen the head of the log and follows it.
+	PhaseLive Phase = "live"
+	// PhaseRetrying: something failed and is tried again at [Status.RetryAt].
+	PhaseRetrying Phase = "retrying"
+)
+
+// Status is how a projection is doing.
+type Status struct {
+	Name  string
+	Phase Phase
+	// Position is how far the projection has come, Head how far the log has.
+	Position, Head eventstore.Position
+	// LagEvents is Head - Position. On logs with contiguous positions that is the
+	// number of events not yet considered, also those the projection will skip.
+	LagEvents uint64
+	// Lag is the age, by the engine's clock, of the oldest event not yet
+	// considered: how stale the rows can be. 0 when there is none.
+	Lag time.Duration
+	// Err is the last error, also when it has been overcome, and ErrAt its time.
+	Err   error
+	ErrAt time.Time
+	// RetryAt is when what failed is tried again.
+	RetryAt time.Time
+	// DeadLetters is the number of events set aside.
+	DeadLetters int
+}
+
+// Status returns how every projection is doing, in the order of Add.
+func (e *Engine) Status(ctx context.Context) ([]Status, error) {
+	e.mu.Lock()
+	runners := slices.Clone(e.runners)
+	e.mu.Unlock()
+	head, err := e.store.Head(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all := make([]Status, len(runners))
+	for i, r := range runners {
+		if all[i], err = r.status(ctx, head); err != nil {
+			return nil, fmt.Errorf("status of projection %q: %w", r.projection.Name(), err)
+		}
+	}
+	return all, nil
+}
+
+func (r *runner) status(ctx context.Context, head eventstore.Position) (Status, error) {
+	s, started := r.progress.status()
+	s.Name = r.projection.Name()
+	err := r.engine.state.View(ctx, func(tx StateTx) error {
+		if !started {
+			c, err := tx.Checkpoint(r.leaseName())
+			if err != nil {
+				return err
+			}
+			s.Position = c.Position
+		}
+		for _, err := range tx.Scan(r.deadTable(), Range{}) {
+			if err != nil {
+				return err
+			}
+			s.DeadLetters++
+		}
+		return nil
+	})
+	if err != nil {
+		return s, err
+	}
+	s.Head = max(head, s.Position)
+	s.LagEvents = uint64(s.Head - s.Position)
+	if s.LagEvents > 0 {
+		for oldest, err := range r.engine.store.Read(ctx, eventstore.All(), eventstore.ReadOptions{After: s.Position, Limit: 1}) {
+			if err != nil {
+				return s, err
+			}
+			s.Lag = max(0, r.engine.options.Clock.Now().Sub(oldest.Time))
+		}
+	}
+	return s, nil
+}
+
+// Rebuild empties the projection and folds the log again from its beginning.
+// It returns when the projection has come as far as the log was long when
+// Rebuild was called; if ctx ends before, the rebuild goes on. Until then,
+// queries see the rows made so far, and those that ask for a position wait.
+//
+// Dead letters are dropped: their events get their turn again.
+//
+// A projection that does not run is only emptied; it fills when it runs.
+func (e *Engine) Rebuild(ctx context.Context, name string) error {
+	r, err := e.runner(name)
+	if err != nil {
+		return err
+	}
+	head, err := e.store.Head(ctx)
+	if err != nil {
+		return err
+	}
+	running, err := r.ask(ctx, func(ctx context.Context, lease Lease) error { return r.clear(ctx, lease) }, true)
+	if err != nil {
+		return fmt.Errorf("rebuild projection %q: %w", name, err)
+	}
+	if !running {
+		return nil
+	}
+	return r.progress.wait(ctx, head, false)
+}

@@ -1,0 +1,132 @@
+package projection
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// progress is what the outside sees of a runner, and where it waits.
+type progress struct {
+	name string
+
+	mu      sync.Mutex
+	through eventstore.Position
+	phase   Phase
+	started bool  // a run has read its checkpoint since the engine was made
+	ended   bool  // the last run is over; failure says why
+	failure error // set when the run ended by itself
+	lastErr error
+	errAt   time.Time
+	retryAt time.Time // while retrying
+	wake    chan struct{}
+	waiters []waiter
+}
+
+type waiter struct {
+	through eventstore.Position
+	settle  bool // is content when the runner waits for a later time
+	done    chan error
+}
+
+func newProgress(name string) *progress {
+	return &progress{name: name, phase: PhaseStopped, wake: make(chan struct{}, 1)}
+}
+
+// verdict says whether a waiter is done, and with what.
+func (p *progress) verdict(w *waiter) (error, bool) {
+	switch {
+	case p.started && p.through >= w.through:
+		return nil, true
+	case p.ended && p.failure != nil:
+		return fmt.Errorf("%w: %q: %w", ErrStopped, p.name, p.failure), true
+	case p.ended:
+		return fmt.Errorf("%w: %q", ErrStopped, p.name), true
+	case w.settle && !p.retryAt.IsZero():
+		return nil, true
+	}
+	return nil, false
+}
+
+func (p *progress) wait(ctx context.Context, through eventstore.Position, settle bool) error {
+	w := waiter{through: through, settle: settle}
+	p.mu.Lock()
+	if err, ok := p.verdict(&w); ok {
+		p.mu.Unlock()
+		return err
+	}
+	w.done = make(chan error, 1)
+	p.waiters = append(p.waiters, w)
+	p.mu.Unlock()
+	select {
+	case err := <-w.done:
+		return err
+	case <-ctx.Done():
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for i := range p.waiters {
+			if p.waiters[i].done == w.done {
+				p.waiters[i] = p.waiters[len(p.waiters)-1]
+				p.waiters = p.waiters[:len(p.waiters)-1]
+				break
+			}
+		}
+		return ctx.Err()
+	}
+}
+
+// change alters the progress and answers the waiters whose time has come.
+func (p *progress) change(alter func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	alter()
+	kept := p.waiters[:0]
+	for i := range p.waiters {
+		if err, ok := p.verdict(&p.waiters[i]); ok {
+			p.waiters[i].done <- err
+			continue
+		}
+		kept = append(kept, p.waiters[i])
+	}
+	clear(p.waiters[len(kept):])
+	p.waiters = kept
+}
+
+func (p *progress) reached() eventstore.Position {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.through
+}
+
+func (p *progress) status() (s Status, started bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return Status{Phase: p.phase, Position: p.through, Err: p.lastErr, ErrAt: p.errAt, RetryAt: p.retryAt}, p.started
+}
+
+func (p *progress) nextDue() (time.Time, bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.retryAt, !p.retryAt.IsZero()
+}
+
+// due ends a pause whose time has come; what was retried counts as running
+// from here on.
+func (p *progress) due(now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.retryAt.IsZero() && !p.retryAt.After(now) {
+		p.endPause()
+	}
+}
+
+func (p *progress) endPause() {
+	p.retryAt, p.phase = time.Time{}, PhaseCatchingUp
+	select {
+	case p.wake <- struct{}{}:
+	default:
+	}
+}

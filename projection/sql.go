@@ -1,0 +1,201 @@
+package projection
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// SQLDefinition is a read model in SQL tables of the user's own. Make it with
+// [SQL]; it is immutable and safe for concurrent use.
+type SQLDefinition struct {
+	name     string
+	handlers map[string]sqlHandler // by current event type
+	setup    []string
+	reset    []string
+	mistakes []error
+}
+
+type sqlHandler struct {
+	decode func(enc *eventstore.Encoding, r *eventstore.Recorded) (any, error)
+	handle func(ctx context.Context, tx Tx, value any, r *eventstore.Recorded) error
+}
+
+// SQLPart is a part of an SQL projection: [Setup], [Reset] or [OnSQL].
+type SQLPart func(*SQLDefinition)
+
+// SQL defines a projection whose handlers write to SQL tables, in the same
+// transaction as the checkpoint: every event takes effect exactly once. It
+// needs a store that has SQL (SQLite, PostgreSQL); on others it stops with an
+// error wrapping errors.ErrUnsupported.
+//
+// Choose a [View] where rows of one type under one key are enough: it is
+// faster, because its folds run outside of the transaction.
+func SQL(name string, parts ...SQLPart) *SQLDefinition {
+	d := &SQLDefinition{name: name, handlers: map[string]sqlHandler{}}
+	if err := validateName(name); err != nil {
+		d.mistakes = append(d.mistakes, err)
+	}
+	for _, part := range parts {
+		part(d)
+	}
+	if len(d.handlers) == 0 && len(d.mistakes) == 0 {
+		d.mistakes = append(d.mistakes, fmt.Errorf("%w: it has no handlers: add projection.OnSQL", eventstore.ErrInvalid))
+	}
+	return d
+}
+
+// Setup gives the statements that make the tables. They run at every start, so
+// they must say IF NOT EXISTS.
+func Setup(statements ...string) SQLPart {
+	return func(d *SQLDefinition) { d.setup = append(d.setup, statements...) }
+}
+
+// Reset gives the statements that empty the tables, for [Engine.Rebuild].
+// Dropping them is fine: Setup runs afterwards.
+func Reset(statements ...string) SQLPart {
+	return func(d *SQLDefinition) { d.reset = append(d.reset, statements...) }
+}
+
+// OnSQL handles events of type E in the projection's transaction. Keep it
+// short and free of other I/O: on an embedded store appends wait for it. An
+// error or a panic takes back everything the batch has written.
+func OnSQL[E Event](handle func(ctx context.Context, tx Tx, e E, r eventstore.Recorded) error) SQLPart {
+	return func(d *SQLDefinition) {
+		k := kindOf[E]()
+		if k.mistake == nil && handle == nil {
+			k.mistake = fmt.Errorf("%w: the handler of event type %q is nil", eventstore.ErrInvalid, k.name)
+		}
+		if k.mistake != nil {
+			d.mistakes = append(d.mistakes, k.mistake)
+			return
+		}
+		if _, ok := d.handlers[k.name]; ok {
+			d.mistakes = append(d.mistakes, fmt.Errorf("%w: event type %q has two handlers: merge them, or make two projections", eventstore.ErrInvalid, k.name))
+			return
+		}
+		d.handlers[k.name] = sqlHandler{
+			decode: decodeInto[E](k),
+			handle: func(ctx context.Context, tx Tx, value any, r *eventstore.Recorded) error {
+				return handle(ctx, tx, valueOf[E](value), *r)
+			},
+		}
+	}
+}
+
+// Name returns the projection's name.
+func (d *SQLDefinition) Name() string { return d.name }
+
+// Err returns the mistakes in the definition, joined; nil if there are none.
+func (d *SQLDefinition) Err() error { return mistakes(d.name, d.mistakes) }
+
+func (d *SQLDefinition) selection(enc *eventstore.Encoding) eventstore.Query {
+	return eventstore.OfTypes(enc.StoredTypes(sortedKeys(d.handlers)...)...)
+}
+
+func (d *SQLDefinition) open(state State, o *Options) folder {
+	return &sqlFolder{definition: d, state: state, enc: o.Encoding, most: o.SQLEvents, within: o.SQLTime}
+}
+
+type sqlFolder struct {
+	definition *SQLDefinition
+	state      State
+	enc        *eventstore.Encoding
+	most       int
+	within     time.Duration
+}
+
+func (f *sqlFolder) handler(storedType string) (sqlHandler, bool) {
+	h, ok := f.definition.handlers[f.enc.CurrentType(storedType)]
+	return h, ok
+}
+
+func (f *sqlFolder) decode(it *item) {
+	if h, ok := f.handler(it.event.Type); ok {
+		it.value, it.problem = guard(func() (any, error) { return h.decode(f.enc, it.event) })
+	}
+}
+
+func (f *sqlFolder) setup(ctx context.Context, tx StateTx) error {
+	if _, err := tx.Exec(ctx, "SELECT 1"); err != nil {
+		return fmt.Errorf("its store must have SQL: %w", err)
+	}
+	return f.execute(ctx, tx, "set up", f.definition.setup)
+}
+
+var errNoReset = errors.New("it does not say how to empty its tables: add projection.Reset with the statements")
+
+func (f *sqlFolder) clear(ctx context.Context, tx StateTx) error {
+	if len(f.definition.reset) == 0 {
+		return errNoReset
+	}
+	if err := f.execute(ctx, tx, "reset", f.definition.reset); err != nil {
+		return err
+	}
+	return f.setup(ctx, tx)
+}
+
+func (f *sqlFolder) execute(ctx context.Context, tx Tx, what string, statements []string) error {
+	for _, s := range statements {
+		if _, err := tx.Exec(ctx, s); err != nil {
+			return fmt.Errorf("%s tables with %q: %w", what, s, err)
+		}
+	}
+	return nil
+}
+
+func (f *sqlFolder) forget() {}
+func (f *sqlFolder) fresh()  {}
+
+// apply handles as many of the items as fit one transaction.
+func (f *sqlFolder) apply(ctx context.Context, items []item, seal func(tx StateTx, n int) error) (int, error) {
+	var done int
+	err := f.state.Update(ctx, func(tx StateTx) error {
+		done = 0
+		began := time.Now()
+		for done < len(items) && done < f.most {
+			if done > 0 && time.Since(began) > f.within {
+				break
+			}
+			if it := &items[done]; !it.parked {
+				if err := f.call(ctx, tx, it); err != nil {
+					return &handlerError{index: done, cause: err}
+				}
+			}
+			done++
+		}
+		return seal(tx, done)
+	})
+	if err != nil {
+		return 0, err
+	}
+	return done, nil
+}
+
+func (f *sqlFolder) call(ctx context.Context, tx Tx, it *item) error {
+	if it.problem != nil {
+		return it.problem
+	}
+	h, ok := f.handler(it.event.Type)
+	if !ok {
+		return nil
+	}
+	_, err := guard(func() (struct{}, error) {
+		return struct{}{}, h.handle(ctx, onlySQL{tx}, it.value, it.event)
+	})
+	return err
+}
+
+// onlySQL keeps handlers from reaching the rest of the state's transaction.
+type onlySQL struct{ tx Tx }
+
+func (o onlySQL) Exec(ctx context.Context, query string, args ...any) (int64, error) {
+	return o.tx.Exec(ctx, query, args...)
+}
+
+func (o onlySQL) Query(ctx context.Context, query string, args ...any) (Rows, error) {
+	return o.tx.Query(ctx, query, args...)
+}
