@@ -1,0 +1,401 @@
+package query_test
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/projection"
+	"github.com/deed-go/deed/query"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+type opened struct{ Owner string }
+
+type deposited struct{ Cents int64 }
+
+func (opened) EventType() string    { return "account.opened" }
+func (deposited) EventType() string { return "account.deposited" }
+
+type balance struct {
+	Owner string
+	Cents int64
+}
+
+func newBalances() *projection.ViewDefinition[balance] {
+	return projection.View("balances",
+		projection.On(func(b *balance, e opened) { b.Owner = e.Owner }),
+		projection.On(func(b *balance, e deposited) { b.Cents += e.Cents }),
+	)
+}
+
+type owner struct{ Accounts int }
+
+func newOwners() *projection.ViewDefinition[owner] {
+	return projection.View("owners", projection.OnKeyed(
+		func(e opened, _ eventstore.Recorded) []string { return []string{e.Owner} },
+		func(o *owner, _ string, _ opened, _ eventstore.Recorded) { o.Accounts++ },
+	))
+}
+
+// app is the smallest host.
+type app struct {
+	store  *memory.Store
+	engine *projection.Engine
+	stop   func()
+}
+
+func (a *app) Projections() *projection.Engine { return a.engine }
+
+func start(t testing.TB, projections ...projection.Projection) *app {
+	t.Helper()
+	store := memory.New()
+	a := &app{store: store, engine: projection.NewEngine(store, store, projection.Options{Logger: slog.New(slog.DiscardHandler)})}
+	for _, p := range projections {
+		require.NoError(t, a.engine.Add(p))
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	for _, w := range a.engine.Workers() {
+		running.Go(func() { _ = w.Run(ctx) })
+	}
+	a.stop = sync.OnceFunc(func() {
+		cancel()
+		running.Wait()
+		_ = store.Close()
+	})
+	t.Cleanup(a.stop)
+	return a
+}
+
+func (a *app) put(t testing.TB, id string, events ...projection.Event) eventstore.Receipt {
+	t.Helper()
+	var c eventstore.Commit
+	for _, e := range events {
+		encoded := eventstore.Event{Stream: eventstore.Stream{Category: "account", ID: id}, Type: e.EventType()}
+		data, err := (*eventstore.Encoding)(nil).Encode(e.EventType(), e, &encoded.Metadata)
+		require.NoError(t, err)
+		encoded.Data = data
+		c.Events = append(c.Events, encoded)
+	}
+	receipt, err := a.store.Append(context.Background(), c)
+	require.NoError(t, err)
+	return receipt
+}
+
+func keys[R any](page query.Page[R]) []string {
+	all := []string{}
+	for _, e := range page.Entries {
+		all = append(all, e.Key)
+	}
+	return all
+}
+
+func TestGet(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	a := start(t, balances)
+	receipt := a.put(t, "ann", opened{"Ann"}, deposited{5})
+
+	got, err := query.Get(t.Context(), a, balances, "ann", query.AtLeast(receipt))
+	require.NoError(t, err)
+	require.Equal(t, balance{Owner: "Ann", Cents: 5}, got)
+
+	_, err = query.Get(t.Context(), a, balances, "bob", query.AtLeast(receipt))
+	require.ErrorIs(t, err, query.ErrNotFound)
+	require.EqualError(t, err, `get "bob" of view "balances": not found`)
+}
+
+func TestGet_ViewIsNotRegistered(t *testing.T) {
+	t.Parallel()
+	a := start(t, newBalances())
+	_, err := query.Get(t.Context(), a, newOwners(), "ann")
+	require.ErrorIs(t, err, projection.ErrNotRegistered)
+	require.ErrorContains(t, err, `"owners" (registered are ["balances"])`)
+
+	_, err = query.Get(t.Context(), a, newBalances(), "ann")
+	require.ErrorIs(t, err, projection.ErrNotRegistered)
+	require.ErrorContains(t, err, "another definition of that name is registered")
+}
+
+// Every reader sees its own write, however many write at once.
+func TestGet_AtLeastReadsOwnWrites(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	a := start(t, balances)
+	var clients sync.WaitGroup
+	problems := make(chan error, 16)
+	for c := range 16 {
+		clients.Go(func() {
+			id := fmt.Sprint("client", c)
+			for i := int64(1); i <= 100; i++ {
+				receipt := a.put(t, id, deposited{1})
+				got, err := query.Get(t.Context(), a, balances, id, query.AtLeast(receipt))
+				if err == nil && got.Cents != i {
+					err = fmt.Errorf("%s wrote %d and read %d", id, i, got.Cents)
+				}
+				if err != nil {
+					problems <- err
+					return
+				}
+			}
+		})
+	}
+	clients.Wait()
+	close(problems)
+	for err := range problems {
+		t.Error(err)
+	}
+}
+
+func TestGet_TimesOutByName(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		balances := newBalances()
+		a := start(t, balances)
+		defer a.stop()
+		receipt := a.put(t, "ann", opened{"Ann"})
+
+		began := time.Now()
+		_, err := query.Get(t.Context(), a, balances, "ann", query.AtLeast(receipt.Last+7))
+		require.Equal(t, query.DefaultWithin, time.Since(began))
+		require.ErrorIs(t, err, query.ErrTimeout)
+		behind, ok := errors.AsType[*query.TimeoutError](err)
+		require.True(t, ok)
+		require.Equal(t, &query.TimeoutError{Projection: "balances", Wanted: 8, Reached: 1, Within: 5 * time.Second}, behind)
+
+		began = time.Now()
+		_, err = query.Get(t.Context(), a, balances, "ann", query.AtLeast(receipt.Last+7), query.Within(time.Minute))
+		require.Equal(t, time.Minute, time.Since(began))
+		require.ErrorContains(t, err, `read model "balances" is behind: wanted position 8, reached 1 within 1m0s`)
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		_, err = query.Get(ctx, a, balances, "ann", query.AtLeast(receipt.Last+7))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		require.NotErrorIs(t, err, query.ErrTimeout, "the caller's own deadline is not the view's fault")
+	})
+}
+
+func TestList(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	a := start(t, balances)
+	var last eventstore.Receipt
+	for _, c := range []struct {
+		id    string
+		cents int64
+	}{{"ann", 30}, {"bob", 10}, {"amy", 20}, {"cid", 20}, {"al", 5}} {
+		last = a.put(t, c.id, opened{c.id}, deposited{c.cents})
+	}
+	byCents := query.OrderBy(func(x, y balance) int { return cmp.Compare(x.Cents, y.Cents) })
+	rich := query.Where(func(_ string, b balance) bool { return b.Cents >= 20 })
+	for _, c := range []struct {
+		name    string
+		options []query.ListOption
+		want    []string
+	}{
+		{"all, by key", nil, []string{"al", "amy", "ann", "bob", "cid"}},
+		{"backward", []query.ListOption{query.Backward()}, []string{"cid", "bob", "ann", "amy", "al"}},
+		{"prefix", []query.ListOption{query.Prefix("a")}, []string{"al", "amy", "ann"}},
+		{"prefix backward", []query.ListOption{query.Prefix("a"), query.Backward()}, []string{"ann", "amy", "al"}},
+		{"where", []query.ListOption{rich}, []string{"amy", "ann", "cid"}},
+		{"two wheres", []query.ListOption{rich, query.Where(func(key string, _ balance) bool { return key != "ann" })}, []string{"amy", "cid"}},
+		{"ordered, ties by key", []query.ListOption{byCents}, []string{"al", "bob", "amy", "cid", "ann"}},
+		{"ordered backward", []query.ListOption{byCents, query.Backward()}, []string{"ann", "cid", "amy", "bob", "al"}},
+		{"ordered where", []query.ListOption{rich, byCents}, []string{"amy", "cid", "ann"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			whole, err := query.List(t.Context(), a, balances, append(c.options, query.AtLeast(last))...)
+			require.NoError(t, err)
+			require.Equal(t, c.want, keys(whole))
+			require.Empty(t, whole.Next)
+
+			var iterated []string
+			for e, err := range query.All(t.Context(), a, balances, c.options...) {
+				require.NoError(t, err)
+				iterated = append(iterated, e.Key)
+			}
+			require.Equal(t, c.want, iterated)
+
+			// Pages of any size put together are the whole list.
+			for limit := 1; limit <= len(c.want)+1; limit++ {
+				paged, next := []string{}, ""
+				for pages := 1; ; pages++ {
+					require.LessOrEqual(t, pages, len(c.want)+1, "the cursor does not advance")
+					options := append([]query.ListOption{query.Limit(limit)}, c.options...)
+					if next != "" {
+						options = append(options, query.After(next))
+					}
+					page, err := query.List(t.Context(), a, balances, options...)
+					require.NoError(t, err)
+					require.LessOrEqual(t, len(page.Entries), limit)
+					paged = append(paged, keys(page)...)
+					if next = page.Next; next == "" {
+						break
+					}
+				}
+				require.Equal(t, c.want, paged, "in pages of %d", limit)
+			}
+		})
+	}
+}
+
+func TestList_RefusesMistakes(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	a := start(t, balances)
+	first := a.put(t, "ann", opened{"Ann"}, deposited{5})
+	last := a.put(t, "bob", opened{"Bob"}, deposited{5})
+	require.Less(t, first.Last, last.Last)
+	page, err := query.List(t.Context(), a, balances, query.Limit(1), query.AtLeast(last))
+	require.NoError(t, err)
+	require.NotEmpty(t, page.Next)
+
+	for _, c := range []struct {
+		option query.ListOption
+		want   string
+	}{
+		{query.Limit(0), "limit 0"},
+		{query.Where(func(string, owner) bool { return true }), "query.Where was given a func(string, query_test.owner) bool, but the view's rows are of type query_test.balance"},
+		{query.OrderBy(func(_, _ owner) int { return 0 }), "query.OrderBy was given"},
+		{query.After("%%"), `query.After("%%") is not the Next of a page`},
+		{query.After("e30"), `is not the Next`},
+	} {
+		_, err := query.List(t.Context(), a, balances, c.option)
+		require.ErrorIs(t, err, eventstore.ErrInvalid)
+		require.ErrorContains(t, err, c.want)
+		for _, err := range query.All(t.Context(), a, balances, c.option) {
+			require.ErrorContains(t, err, c.want)
+		}
+	}
+	_, err = query.List(t.Context(), a, balances, query.After(page.Next), query.OrderBy(func(_, _ balance) int { return 0 }))
+	require.ErrorContains(t, err, "without OrderBy")
+}
+
+func TestAll_StopsEarly(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	a := start(t, balances)
+	a.put(t, "ann", opened{"Ann"})
+	last := a.put(t, "bob", opened{"Bob"})
+	n := 0
+	for _, err := range query.All(t.Context(), a, balances, query.AtLeast(last)) {
+		require.NoError(t, err)
+		n++
+		break
+	}
+	require.Equal(t, 1, n)
+
+	// The body may query and write: the loop holds a snapshot, not a lock.
+	for e, err := range query.All(t.Context(), a, balances) {
+		require.NoError(t, err)
+		receipt := a.put(t, e.Key, deposited{1})
+		got, err := query.Get(t.Context(), a, balances, e.Key, query.AtLeast(receipt))
+		require.NoError(t, err)
+		require.EqualValues(t, 1, got.Cents)
+		require.Zero(t, e.Row.Cents)
+	}
+}
+
+// A handler sees all its views at one moment, however fast they move.
+func TestAsk_OneSnapshot(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	a := start(t, balances)
+	a.put(t, "x", deposited{100})
+	last := a.put(t, "y", deposited{-100})
+	sum := query.Handle("sum", func(ctx context.Context, r query.Reader, ids []string) (int64, error) {
+		var total int64
+		for _, id := range ids {
+			b, err := query.Get(ctx, r, balances, id)
+			if err != nil {
+				return 0, err
+			}
+			total += b.Cents
+			if id == "x" {
+				// Both move while the question is being answered.
+				moved := a.put(t, "x", deposited{1})
+				_, err := query.Get(ctx, a, balances, "x", query.AtLeast(moved))
+				if err != nil {
+					return 0, err
+				}
+			}
+		}
+		again, err := query.Get(ctx, r, balances, "x")
+		return total + again.Cents - 100, err
+	}, balances)
+	got, err := query.Ask(t.Context(), a, sum, []string{"x", "y"}, query.AtLeast(last))
+	require.NoError(t, err)
+	require.Zero(t, got)
+	moved, err := query.Get(t.Context(), a, balances, "x")
+	require.NoError(t, err)
+	require.EqualValues(t, 101, moved.Cents)
+}
+
+func TestAsk_RefusesMistakes(t *testing.T) {
+	t.Parallel()
+	balances, owners := newBalances(), newOwners()
+	a := start(t, balances, owners)
+	ask := func(uses []projection.Projection, answer func(ctx context.Context, r query.Reader, q string) (string, error)) error {
+		_, err := query.Ask(t.Context(), a, query.Handle("question", answer, uses...), "?")
+		return err
+	}
+	nothing := func(context.Context, query.Reader, string) (string, error) { return "", nil }
+
+	err := ask(nil, nothing)
+	require.ErrorIs(t, err, eventstore.ErrInvalid)
+	require.ErrorContains(t, err, `query "question": invalid: it names no projection`)
+	require.ErrorContains(t, ask([]projection.Projection{balances}, nil), "its function is nil")
+
+	err = ask([]projection.Projection{balances}, func(ctx context.Context, r query.Reader, _ string) (string, error) {
+		_, err := query.Get(ctx, r, owners, "Ann")
+		return "", err
+	})
+	require.ErrorContains(t, err, `does not say that it reads projection "owners"`)
+
+	err = ask([]projection.Projection{balances}, func(ctx context.Context, r query.Reader, _ string) (string, error) {
+		_, err := query.Get(ctx, r, balances, "ann", query.AtLeast(eventstore.Position(1)))
+		return "", err
+	})
+	require.ErrorContains(t, err, "query.AtLeast and query.Within belong to query.Ask")
+
+	err = ask([]projection.Projection{newBalances()}, nothing)
+	require.ErrorIs(t, err, projection.ErrNotRegistered)
+
+	err = ask([]projection.Projection{balances}, func(ctx context.Context, r query.Reader, _ string) (string, error) {
+		_, err := r.Query(ctx, "SELECT 1")
+		return "", err
+	})
+	require.ErrorIs(t, err, errors.ErrUnsupported)
+}
+
+func TestAsk_WithinAHandler(t *testing.T) {
+	t.Parallel()
+	owners := newOwners()
+	a := start(t, owners)
+	last := a.put(t, "x", opened{"Ann"})
+	count := query.Handle("count", func(ctx context.Context, r query.Reader, name string) (int, error) {
+		o, err := query.Get(ctx, r, owners, name)
+		return o.Accounts, err
+	}, owners)
+	twice := query.Handle("twice", func(ctx context.Context, r query.Reader, name string) (int, error) {
+		n, err := query.Ask(ctx, r, count, name)
+		return 2 * n, err
+	}, owners)
+	got, err := query.Ask(t.Context(), a, twice, "Ann", query.AtLeast(last))
+	require.NoError(t, err)
+	require.Equal(t, 2, got)
+}
