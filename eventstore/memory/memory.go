@@ -140,7 +140,9 @@ func (s *Store) append(c eventstore.Commit) (eventstore.Receipt, error) {
 		receipt.Revisions[at].Revision = r.Revision()
 	}
 	if c.Key != "" {
-		s.keys[c.Key] = receipt
+		stored := receipt
+		stored.Revisions = slices.Clone(receipt.Revisions)
+		s.keys[c.Key] = stored
 	}
 	close(s.grown)
 	s.grown = make(chan struct{})
@@ -360,8 +362,8 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 				yield(eventstore.Batch{}, eventstore.ErrClosed)
 				return
 			}
-			if head > after || first {
-				batch := eventstore.Batch{Through: max(head, after), CaughtUp: head >= after}
+			if head > after || first && head == after {
+				batch := eventstore.Batch{Through: head, CaughtUp: true}
 				page, err := s.page(q, after, head, false, pageSize)
 				if err != nil {
 					yield(eventstore.Batch{}, err)
