@@ -5,6 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/hashicorp/golang-lru/v2/simplelru"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/clock"
@@ -35,6 +43,9 @@ type Options struct {
 	// Logger hears of what is not an error to any caller: snapshots that could not
 	// be kept or used, outcomes that had to be looked up. Defaults to slog.Default().
 	Logger *slog.Logger
+	// MeterProvider counts conflicts, repeated decisions and unknown outcomes.
+	// Defaults to OpenTelemetry's global one, which by default counts nothing.
+	MeterProvider metric.MeterProvider
 }
 
 func (o Options) withDefaults() Options {
@@ -53,20 +64,74 @@ func (o Options) withDefaults() Options {
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}
+	if o.MeterProvider == nil {
+		o.MeterProvider = otel.GetMeterProvider()
+	}
 	return o
 }
 
 // Runtime runs aggregates on a store. Its methods, and the functions that take
 // it, may be called concurrently.
+//
+// Each aggregate that is asked for is activated: its state is loaded once and
+// kept, its calls are decided one at a time in the order in which they came,
+// and idle ones are forgotten when there are too many. Nothing depends on the
+// aggregate being active in one place only: the conditional append decides.
 type Runtime struct {
-	store   eventstore.Store
-	options Options
+	store        eventstore.Store
+	enqueuer     eventstore.Enqueuer // nil if the store has not that power
+	options      Options
+	fingerprints sync.Map // *Definition[S] -> string
+	conflicts    metric.Int64Counter
+	repeats      metric.Int64Counter
+	unknowns     metric.Int64Counter
+
+	// life ends when Stop gives up waiting.
+	life    context.Context
+	abandon context.CancelCauseFunc
+
+	mu        sync.Mutex
+	stopping  bool
+	drained   chan struct{} // closed when stopping and nothing is busy
+	busy      map[address]active
+	idle      *simplelru.LRU[address, active] // nil if none are kept
+	snapshots snapshotQueue
+}
+
+// address says which activation: two definitions of one category are two.
+type address struct {
+	definition any
+	id         string
+}
+
+// active is an activation[S] of any S.
+type active interface {
+	name() string
 }
 
 // NewRuntime returns a runtime on the store. It starts nothing: goroutines
 // exist only while there are calls.
 func NewRuntime(store eventstore.Store, o Options) *Runtime {
-	return &Runtime{store: store, options: o.withDefaults()}
+	r := &Runtime{store: store, options: o.withDefaults(), busy: map[address]active{}, drained: make(chan struct{})}
+	r.life, r.abandon = context.WithCancelCause(context.Background())
+	if r.enqueuer, _ = eventstore.Find[eventstore.Enqueuer](store); r.enqueuer == nil {
+		r.options.PipelineDepth = 1
+	}
+	if r.options.CachedAggregates > 0 {
+		r.idle, _ = simplelru.NewLRU[address, active](r.options.CachedAggregates, nil)
+	}
+	meter := r.options.MeterProvider.Meter("github.com/deed-go/deed/aggregate")
+	// A counter that cannot be made counts nothing; the API still returns one.
+	r.conflicts, _ = meter.Int64Counter("deed.aggregate.conflicts", metric.WithDescription("commits that lost to another writer"))
+	r.repeats, _ = meter.Int64Counter("deed.aggregate.repeats", metric.WithDescription("decisions made again"))
+	r.unknowns, _ = meter.Int64Counter("deed.aggregate.unknown_outcomes", metric.WithDescription("commits whose outcome had to be looked up"))
+	return r
+}
+
+func (r *Runtime) count(c metric.Int64Counter, n int, category string) {
+	if n > 0 {
+		c.Add(context.Background(), int64(n), metric.WithAttributes(attribute.String("deed.category", category)))
+	}
 }
 
 // Store returns the store that the runtime writes to.
@@ -75,14 +140,112 @@ func (r *Runtime) Store() eventstore.Store { return r.store }
 // Encoding returns how the runtime's events are stored.
 func (r *Runtime) Encoding() *eventstore.Encoding { return r.options.Encoding }
 
-// Stop refuses new calls and waits for those under way.
-func (r *Runtime) Stop(context.Context) error { return nil }
+// Stop refuses new calls with [ErrStopped] and waits until those under way are
+// answered and their snapshots are kept. When ctx ends first, the remaining
+// callers get ErrStopped, or [eventstore.ErrOutcomeUnknown] if their commit is on
+// its way, and the error names the aggregates that were busy. Stopping again
+// waits again.
+func (r *Runtime) Stop(ctx context.Context) error {
+	r.mu.Lock()
+	if !r.stopping {
+		r.stopping = true
+		r.closeIfDrained()
+	}
+	r.mu.Unlock()
+	select {
+	case <-r.drained:
+	case <-ctx.Done():
+	}
+	select {
+	case <-r.drained:
+		r.abandon(ErrStopped)
+		return nil
+	default:
+	}
+	r.mu.Lock()
+	var names []string
+	for _, a := range r.busy {
+		names = append(names, fmt.Sprintf("%q", a.name()))
+	}
+	r.mu.Unlock()
+	r.abandon(ErrStopped)
+	slices.Sort(names)
+	if len(names) == 0 {
+		return fmt.Errorf("stop the aggregate runtime: snapshots were still being kept, and were abandoned: %w", ctx.Err())
+	}
+	most := names[:min(len(names), 5)]
+	return fmt.Errorf("stop the aggregate runtime: %d aggregates were still busy (%s) and were abandoned: %w", len(names), strings.Join(most, ", "), ctx.Err())
+}
+
+// closeIfDrained needs the lock.
+func (r *Runtime) closeIfDrained() {
+	if r.stopping && len(r.busy) == 0 && !r.snapshots.running {
+		select {
+		case <-r.drained:
+		default:
+			close(r.drained)
+		}
+	}
+}
+
+// submit queues the call at its activation, which is made and started if need be.
+func submit[S any](r *Runtime, def *Definition[S], c *call[S]) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopping {
+		return ErrStopped
+	}
+	at := address{def, c.req.ID}
+	var a *activation[S]
+	if known, ok := r.busy[at]; ok {
+		a = known.(*activation[S])
+	} else {
+		if r.idle != nil {
+			if known, ok := r.idle.Peek(at); ok {
+				r.idle.Remove(at)
+				a = known.(*activation[S])
+			}
+		}
+		if a == nil {
+			a = &activation[S]{runtime: r, def: def, stream: def.Stream(c.req.ID), depth: r.options.PipelineDepth}
+		}
+		a.wake = make(chan struct{}, 1)
+		r.busy[at] = a
+		go a.run()
+	}
+	a.queue = append(a.queue, c)
+	select {
+	case a.wake <- struct{}{}:
+	default:
+	}
+	return nil
+}
+
+// rest ends the busy time of an activation, unless there are new calls.
+func (a *activation[S]) rest() bool {
+	r := a.runtime
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(a.queue) > 0 {
+		return false
+	}
+	at := address{a.def, a.stream.ID}
+	delete(r.busy, at)
+	a.queue, a.entries, a.todo, a.keys, a.wake = nil, nil, nil, nil, nil
+	if a.loaded && r.idle != nil && !r.stopping {
+		r.idle.Add(at, a)
+	}
+	r.closeIfDrained()
+	return true
+}
 
 // Request is one decision about one aggregate.
 type Request[S any] struct {
 	// ID says which aggregate of the definition's category.
 	ID string
-	// Key makes the request idempotent; empty means it is not.
+	// Key makes the request idempotent: asked again with the same key, nothing is
+	// decided; the first receipt comes back, with Duplicate set. Refusals, and
+	// decisions after which nothing happened, use up no key. Empty means no key.
 	Key string
 	// Fingerprint says what the key stands for: the same key with another
 	// fingerprint is [eventstore.ErrKeyReused]. Defaults to the aggregate's name.
@@ -91,110 +254,13 @@ type Request[S any] struct {
 	Metadata eventstore.Metadata
 	// Decide returns the events that happen, none if nothing does, or an error to
 	// refuse. It must be pure: it may run several times, must not change what the
-	// state refers to, and must not wait.
+	// state refers to (its maps, slices and pointers are the cache's), and must not
+	// wait, least of all for another call to the same aggregate.
 	Decide func(state S) ([]Event, error)
 	// Boundary, if set, makes the decision one about the events that match a query,
 	// wherever they are: Decide gets the initial state with those events folded
-	// in, and the decision is written only if no further one matched meanwhile. The
-	// new events join the stream of ID.
+	// in, and the decision is written only if no further one has matched meanwhile.
+	// The new events join the stream of ID. Boundary may run several times and
+	// returns a fresh initial state each time.
 	Boundary func() (query eventstore.Query, initial S)
-}
-
-// Execute decides on the aggregate's current state and writes what was
-// decided.
-func Execute[S any](ctx context.Context, r *Runtime, def *Definition[S], req Request[S]) (eventstore.Receipt, error) {
-	if err := def.Err(); err != nil {
-		return eventstore.Receipt{}, err
-	}
-	stream := def.Stream(req.ID)
-	if err := stream.Validate(); err != nil {
-		return eventstore.Receipt{}, err
-	}
-	if req.Key != "" {
-		if req.Fingerprint == "" {
-			req.Fingerprint = stream.String()
-		}
-		receipt, used, err := r.store.Lookup(ctx, stream, req.Key)
-		if err != nil {
-			return eventstore.Receipt{}, err
-		}
-		if used {
-			if receipt.Fingerprint != req.Fingerprint {
-				return eventstore.Receipt{}, fmt.Errorf("%w: %q", eventstore.ErrKeyReused, req.Key)
-			}
-			return receipt, nil
-		}
-	} else {
-		req.Fingerprint = ""
-	}
-	for attempt := 1; ; attempt++ {
-		state, at, err := Load(ctx, r, def, req.ID)
-		if err != nil {
-			return eventstore.Receipt{}, err
-		}
-		condition := eventstore.StreamAt(stream, at)
-		if req.Boundary != nil {
-			query, initial := req.Boundary()
-			after, err := r.store.Head(ctx)
-			if err != nil {
-				return eventstore.Receipt{}, err
-			}
-			state = initial
-			for e, err := range r.store.Read(ctx, query, eventstore.ReadOptions{}) {
-				if err != nil {
-					return eventstore.Receipt{}, err
-				}
-				if err := def.apply(r.options.Encoding, &state, &e); err != nil {
-					return eventstore.Receipt{}, err
-				}
-				after = max(after, e.Position)
-			}
-			condition = eventstore.NoneMatch(query, after)
-		}
-		events, err := req.Decide(state)
-		if err != nil {
-			return eventstore.Receipt{}, err
-		}
-		if len(events) == 0 {
-			return eventstore.Receipt{Last: at.Position}, nil
-		}
-		commit := eventstore.Commit{Conditions: []eventstore.Condition{condition}, Key: req.Key, Fingerprint: req.Fingerprint}
-		for _, e := range events {
-			encoded, err := def.encode(r.options.Encoding, stream, e, req.Metadata, r.options.Clock.Now().UTC().Round(0))
-			if err != nil {
-				return eventstore.Receipt{}, err
-			}
-			commit.Events = append(commit.Events, encoded)
-		}
-		receipt, err := r.store.Append(ctx, commit)
-		if errors.Is(err, eventstore.ErrConflict) && attempt < r.options.Attempts {
-			continue
-		}
-		return receipt, err
-	}
-}
-
-// Load returns the aggregate's state and revision, folded from the events that
-// are durable now. The state belongs to the caller.
-func Load[S any](ctx context.Context, r *Runtime, def *Definition[S], id string) (S, eventstore.Revision, error) {
-	var state S
-	var at eventstore.Revision
-	if err := def.Err(); err != nil {
-		return state, at, err
-	}
-	stream := def.Stream(id)
-	if err := stream.Validate(); err != nil {
-		return state, at, err
-	}
-	for e, err := range r.store.Read(ctx, eventstore.OneStream(stream), eventstore.ReadOptions{}) {
-		if err == nil {
-			err = def.apply(r.options.Encoding, &state, &e)
-		}
-		if err != nil {
-			var none S
-			return none, eventstore.Revision{}, err
-		}
-		at = e.Revision()
-	}
-	return state, at, nil
 }

@@ -2,7 +2,13 @@ package aggregate
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"reflect"
 
+	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
 
 	"github.com/deed-go/deed/eventstore"
@@ -23,11 +29,205 @@ type Snapshot struct {
 
 // SnapshotStore keeps the latest snapshot of each stream. It may lose
 // snapshots, and return old ones. Implementations are safe for concurrent use
-// and do not change or keep the State they are given or return beyond what is
-// needed to store it.
+// and never change the bytes they are given or return.
 type SnapshotStore interface {
 	// LoadSnapshot returns the stream's snapshot, or false if there is none.
 	LoadSnapshot(ctx context.Context, stream eventstore.Stream) (Snapshot, bool, error)
 	// SaveSnapshot replaces the stream's snapshot.
 	SaveSnapshot(ctx context.Context, snapshot Snapshot) error
+}
+
+// fingerprint adds to the definition's structure how its events are decoded.
+func fingerprint[S any](r *Runtime, def *Definition[S]) string {
+	if known, ok := r.fingerprints.Load(def); ok {
+		return known.(string)
+	}
+	h := sha256.New()
+	_, _ = fmt.Fprintf(h, "%s %q", def.structure, r.options.Encoding.StoredTypes(def.names...))
+	for _, name := range def.names {
+		var m eventstore.Metadata
+		// Encoding is asked only for the schema version it would write.
+		_, _ = r.options.Encoding.Encode(name, reflect.Zero(def.handlers[name].goType).Interface(), &m)
+		_, _ = fmt.Fprintf(h, " %d", m.SchemaVersion)
+	}
+	f := hex.EncodeToString(h.Sum(nil)[:16])
+	r.fingerprints.Store(def, f)
+	return f
+}
+
+// loadFromSnapshot reports false when there is no snapshot that fits; only ctx
+// and the log can make it fail.
+func loadFromSnapshot[S any](ctx context.Context, r *Runtime, def *Definition[S], stream eventstore.Stream) (history[S], bool, error) {
+	ignore := func(why error) (history[S], bool, error) {
+		if err := ctx.Err(); err != nil {
+			return history[S]{}, false, fmt.Errorf("load %q: %w", stream, err)
+		}
+		r.options.Logger.WarnContext(ctx, "deed: a snapshot is ignored", "stream", stream.String(), "error", why)
+		return history[S]{}, false, nil
+	}
+	snapshot, ok, err := r.options.Snapshots.LoadSnapshot(ctx, stream)
+	if err != nil {
+		return ignore(err)
+	}
+	if !ok || snapshot.Stream != stream || snapshot.Revision.Version == 0 || snapshot.Revision.Position == 0 || snapshot.Fingerprint != fingerprint(r, def) {
+		return history[S]{}, false, nil
+	}
+	var h history[S]
+	if err := jsonv1.Unmarshal(snapshot.State, &h.state); err != nil {
+		return ignore(err)
+	}
+	h.at, h.last = snapshot.Revision, snapshot.LastEvent
+	// The read begins with the snapshot's own last event, to see that it is there.
+	anchored := false
+	for e, err := range r.store.Read(ctx, eventstore.OneStream(stream), eventstore.ReadOptions{After: snapshot.Revision.Position - 1}) {
+		if err != nil {
+			return history[S]{}, false, fmt.Errorf("load %q: %w", stream, err)
+		}
+		if !anchored {
+			if e.Revision() != snapshot.Revision || e.ID != snapshot.LastEvent {
+				break
+			}
+			anchored = true
+			continue
+		}
+		if err := h.add(def, r.options.Encoding, &e); err != nil {
+			return ignore(err)
+		}
+	}
+	if !anchored {
+		return ignore(errors.New("the stream does not have its revision"))
+	}
+	return h, true, nil
+}
+
+// picture returns the state as JSON, or nil if it does not come back as it was.
+func (a *activation[S]) picture() []byte {
+	data, err := throughJSON(&a.state)
+	if err != nil {
+		a.runtime.options.Logger.Warn("deed: no snapshot is taken", "stream", a.stream.String(), "error", err)
+		return nil
+	}
+	return data
+}
+
+func throughJSON[S any](state *S) (data []byte, err error) {
+	defer caught(&err, func() string { return fmt.Sprintf("the JSON of %T", *state) })
+	if data, err = jsonv1.Marshal(state); err != nil {
+		return nil, err
+	}
+	var back S
+	if err := jsonv1.Unmarshal(data, &back); err != nil {
+		return nil, err
+	}
+	if !equal(reflect.ValueOf(state).Elem(), reflect.ValueOf(&back).Elem()) {
+		return nil, fmt.Errorf("%T is not the same after JSON", back)
+	}
+	return data, nil
+}
+
+// snapshotDue says whether a snapshot should follow the step from one version
+// to another.
+func (a *activation[S]) snapshotDue(from, to uint64) bool {
+	every := uint64(a.def.snapshotEvery) //nolint:gosec // Define refuses negative ones
+	return every > 0 && a.runtime.options.Snapshots != nil && from/every != to/every
+}
+
+// snapshotQueue holds what is to be kept: the latest picture of each stream.
+// The goroutine that keeps them exists while there are any.
+type snapshotQueue struct {
+	running bool
+	latest  map[eventstore.Stream]Snapshot
+}
+
+func (a *activation[S]) keep(state []byte, at eventstore.Revision, last uuid.UUID) {
+	r := a.runtime
+	s := Snapshot{Stream: a.stream, Revision: at, LastEvent: last, Fingerprint: fingerprint(r, a.def), State: state}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.snapshots.latest == nil {
+		r.snapshots.latest = map[eventstore.Stream]Snapshot{}
+	}
+	r.snapshots.latest[s.Stream] = s
+	if !r.snapshots.running {
+		r.snapshots.running = true
+		go r.keepSnapshots()
+	}
+}
+
+func (r *Runtime) keepSnapshots() {
+	for {
+		r.mu.Lock()
+		batch := r.snapshots.latest
+		r.snapshots.latest = nil
+		if len(batch) == 0 || r.life.Err() != nil {
+			r.snapshots.running = false
+			r.closeIfDrained()
+			r.mu.Unlock()
+			return
+		}
+		r.mu.Unlock()
+		for _, s := range batch {
+			if err := r.options.Snapshots.SaveSnapshot(r.life, s); err != nil && r.life.Err() == nil {
+				r.options.Logger.Warn("deed: a snapshot was not kept", "stream", s.Stream.String(), "error", err)
+			}
+		}
+	}
+}
+
+// equal is reflect.DeepEqual, but nil and empty slices and maps are the same,
+// and types may say by an Equal method what is.
+func equal(a, b reflect.Value) bool {
+	if a.IsValid() != b.IsValid() {
+		return false
+	}
+	if !a.IsValid() {
+		return true
+	}
+	if a.Type() != b.Type() {
+		return false
+	}
+	if a.CanInterface() {
+		if m, ok := a.Type().MethodByName("Equal"); ok && m.Type.NumIn() == 2 && m.Type.In(1) == a.Type() && m.Type.NumOut() == 1 && m.Type.Out(0).Kind() == reflect.Bool &&
+			(a.Kind() != reflect.Pointer || !a.IsNil() && !b.IsNil()) {
+			return m.Func.Call([]reflect.Value{a, b})[0].Bool()
+		}
+	}
+	switch a.Kind() {
+	case reflect.Pointer, reflect.Interface:
+		if a.IsNil() || b.IsNil() {
+			return a.IsNil() == b.IsNil()
+		}
+		return equal(a.Elem(), b.Elem())
+	case reflect.Struct:
+		for i := range a.NumField() {
+			if !equal(a.Field(i), b.Field(i)) {
+				return false
+			}
+		}
+		return true
+	case reflect.Slice, reflect.Array:
+		if a.Len() != b.Len() {
+			return false
+		}
+		for i := range a.Len() {
+			if !equal(a.Index(i), b.Index(i)) {
+				return false
+			}
+		}
+		return true
+	case reflect.Map:
+		if a.Len() != b.Len() {
+			return false
+		}
+		for _, k := range a.MapKeys() {
+			if v := b.MapIndex(k); !v.IsValid() || !equal(a.MapIndex(k), v) {
+				return false
+			}
+		}
+		return true
+	case reflect.Func:
+		return a.IsNil() && b.IsNil()
+	default:
+		return a.Equal(b)
+	}
 }

@@ -1,0 +1,476 @@
+package aggregate
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// activation is an aggregate in memory. Its calls are decided by one goroutine,
+// which exists while there are any.
+//
+// The tip is the state after every commit that was handed to the store, durable
+// or not; the next call is decided on it. Calls that were decided wait in
+// entries, in that order, and are answered from its front: a commit when it is
+// durable, anything else when everything before it is. When a commit fails,
+// whatever was decided after it is decided again.
+type activation[S any] struct {
+	runtime *Runtime
+	def     *Definition[S]
+	stream  eventstore.Stream
+
+	// Guarded by the runtime's lock.
+	queue []*call[S]
+	wake  chan struct{} // has capacity 1; made for each busy time
+
+	// The rest belongs to the goroutine.
+	loaded  bool // state, tip and durable are those of the log
+	state   S
+	tip     uint64    // version, commits on their way included
+	tipLast uuid.UUID // id of the tip's last event
+	durable eventstore.Revision
+	depth   int // commits that may be on their way
+	flying  int // commits that are
+	late    bool
+	todo    []*call[S] // to decide, in order
+	entries []*call[S] // decided, in order
+	keys    map[string]*call[S]
+}
+
+func (a *activation[S]) name() string { return a.stream.String() }
+
+func (a *activation[S]) run() {
+	for {
+		if len(a.todo) == 0 {
+			a.take()
+		}
+		settled := a.settle()
+		switch {
+		case a.runtime.life.Err() != nil:
+			a.giveUp()
+			if a.rest() {
+				return
+			}
+		case a.next() || settled:
+		case len(a.entries) > 0:
+			a.wait()
+		case a.rest():
+			return
+		}
+	}
+}
+
+// take moves what callers have queued to the calls to decide.
+func (a *activation[S]) take() {
+	a.runtime.mu.Lock()
+	defer a.runtime.mu.Unlock()
+	a.todo = append(a.todo, a.queue...)
+	clear(a.queue)
+	a.queue = a.queue[:0]
+}
+
+// wait returns when the oldest commit is decided or there are new calls.
+func (a *activation[S]) wait() {
+	select {
+	case <-a.entries[0].pending.Done():
+	case <-a.wake:
+	case <-a.runtime.life.Done():
+	}
+}
+
+// giveUp answers everybody when the runtime was abandoned.
+func (a *activation[S]) giveUp() {
+	a.take()
+	for _, c := range a.entries {
+		err := ErrStopped
+		if c.kind == commit || c.kind == echo {
+			err = unknownOutcome(ErrStopped)
+		}
+		c.answer(eventstore.Receipt{}, err, false)
+	}
+	for _, c := range a.todo {
+		c.answer(eventstore.Receipt{}, ErrStopped, false)
+	}
+	a.entries, a.todo, a.flying = nil, nil, 0
+	a.forget()
+}
+
+// forget makes the next call load the state again.
+func (a *activation[S]) forget() {
+	var none S
+	a.loaded, a.state, a.tip, a.tipLast, a.durable = false, none, 0, uuid.Nil, eventstore.Revision{}
+}
+
+// next decides one call, if one may be decided now.
+func (a *activation[S]) next() bool {
+	if len(a.todo) == 0 || a.flying >= a.depth || a.late {
+		return false
+	}
+	c := a.todo[0]
+	switch {
+	case c.left():
+		a.pop()
+		return true
+	case c.req.Boundary != nil:
+		if len(a.entries) > 0 {
+			return false
+		}
+		a.pop()
+		a.decideBoundary(c)
+		return true
+	}
+	if first := a.keys[c.req.Key]; first != nil {
+		a.pop()
+		a.repeat(c, first)
+		return true
+	}
+	if !a.loaded {
+		if len(a.entries) > 0 {
+			return false
+		}
+		if err := a.load(c); err != nil {
+			for _, c := range a.todo {
+				c.answer(eventstore.Receipt{}, err, false)
+			}
+			a.todo = nil
+			a.forget()
+			return true
+		}
+	}
+	a.pop()
+	a.decide(c)
+	return true
+}
+
+func (a *activation[S]) pop() { a.todo = dropFirst(a.todo) }
+
+// dropFirst lets the last of a line leave its memory to the next one.
+func dropFirst[T any](line []*T) []*T {
+	line[0] = nil
+	if len(line) == 1 {
+		return line[:0]
+	}
+	return line[1:]
+}
+
+func (a *activation[S]) load(c *call[S]) error {
+	h, err := load(a.runtime.detach(c.ctx), a.runtime, a.def, a.stream)
+	if err != nil {
+		return err
+	}
+	a.loaded, a.state, a.tip, a.tipLast, a.durable = true, h.state, h.at.Version, h.last, h.at
+	if a.snapshotDue(0, uint64(h.replayed)) { //nolint:gosec // a count
+		if state := a.picture(); state != nil {
+			a.keep(state, h.at, h.last)
+		}
+	}
+	return nil
+}
+
+// repeat answers a call whose key is on its way like the first one.
+func (a *activation[S]) repeat(c, first *call[S]) {
+	if first.req.Fingerprint != c.req.Fingerprint {
+		c.kind, c.err = refusal, keyReused(c.req.Key)
+	} else if c.kind, c.first = echo, first; !c.fly() {
+		return
+	}
+	a.entries = append(a.entries, c)
+}
+
+// decide decides on the tip and, if there are events, hands them to the store.
+func (a *activation[S]) decide(c *call[S]) {
+	events, err := a.ask(c, a.state)
+	switch {
+	case err != nil:
+		if _, panicked := errors.AsType[*PanicError](err); panicked {
+			a.loaded = false // Decide may have left the state half-changed
+		}
+		c.kind, c.err = refusal, err
+	case len(events) == 0:
+		c.kind = nothing
+	case !c.fly():
+		return
+	default:
+		if err := a.prepare(c, events); err != nil {
+			c.land()
+			c.kind, c.err = refusal, err
+			break
+		}
+		c.pending = a.runtime.enqueue(c.ctx, c.commit)
+		a.flying++
+		a.late = c.foldLate
+		if c.req.Key != "" {
+			if a.keys == nil {
+				a.keys = map[string]*call[S]{}
+			}
+			a.keys[c.req.Key] = c
+		}
+	}
+	a.entries = append(a.entries, c)
+}
+
+func (a *activation[S]) ask(c *call[S], state S) (events []Event, err error) {
+	defer caught(&err, func() string { return fmt.Sprintf("Decide on %q", a.stream) })
+	return c.req.Decide(state)
+}
+
+// prepare makes the commit and folds its events, in the form in which they will
+// be stored, into the tip.
+func (a *activation[S]) prepare(c *call[S], events []Event) error {
+	encoded, err := a.encode(c, events)
+	if err != nil {
+		return err
+	}
+	for i := range encoded {
+		if a.def.handlers[encoded[i].Type].durableOnly {
+			c.foldLate = true
+		}
+	}
+	from := a.tip
+	for i := range encoded {
+		r := recorded(&encoded[i], from+uint64(i)+1) //nolint:gosec // an index
+		if c.foldLate {
+			err = a.def.decodes(a.runtime.options.Encoding, &r)
+		} else if err = a.def.fold(a.runtime.options.Encoding, &a.state, &r); err != nil {
+			a.loaded = false // half-changed
+		}
+		if err != nil {
+			return fmt.Errorf("event %d of the decision on %q was not written: %w", i, a.stream, err)
+		}
+	}
+	condition := eventstore.StreamAt(a.stream, a.durable)
+	if a.tip != a.durable.Version {
+		condition = eventstore.StreamAtEvent(a.stream, a.tip, a.tipLast)
+	}
+	c.kind, c.version = commit, from+uint64(len(encoded))
+	c.commit = eventstore.Commit{Events: encoded, Conditions: []eventstore.Condition{condition}, Key: c.req.Key, Fingerprint: c.req.Fingerprint}
+	a.tip, a.tipLast = c.version, encoded[len(encoded)-1].ID
+	if !c.foldLate && a.snapshotDue(from, c.version) {
+		c.picture = a.picture()
+	}
+	return nil
+}
+
+func (a *activation[S]) encode(c *call[S], events []Event) (encoded []eventstore.Event, err error) {
+	defer caught(&err, func() string { return fmt.Sprintf("encoding the events of the decision on %q", a.stream) })
+	now := a.runtime.options.Clock.Now().UTC().Round(0)
+	encoded = make([]eventstore.Event, len(events))
+	for i, event := range events {
+		if encoded[i], err = a.def.encode(a.runtime.options.Encoding, a.stream, event, c.req.Metadata, now); err != nil {
+			return nil, fmt.Errorf("event %d of the decision on %q: %w", i, a.stream, err)
+		}
+	}
+	return encoded, nil
+}
+
+func (d *Definition[S]) decodes(enc *eventstore.Encoding, r *eventstore.Recorded) error {
+	return d.handlers[r.Type].decode(enc, r)
+}
+
+// settle answers what can be answered, from the front, without waiting.
+func (a *activation[S]) settle() bool {
+	settled := false
+	for len(a.entries) > 0 {
+		c := a.entries[0]
+		if c.kind == commit {
+			select {
+			case <-c.pending.Done():
+			default:
+				return settled
+			}
+		}
+		settled = true
+		a.entries = dropFirst(a.entries)
+		switch c.kind {
+		case refusal:
+			c.answer(eventstore.Receipt{}, c.err, true)
+		case nothing:
+			c.answer(a.seen(), nil, true)
+		case echo:
+			receipt := c.first.receipt
+			receipt.Duplicate = true
+			c.answer(receipt, nil, false)
+		case commit:
+			a.flying--
+			delete(a.keys, c.req.Key)
+			receipt, err := c.pending.Result()
+			if isUnknown(err) {
+				receipt, err = a.resolve(c.commit, a.durable, err)
+			}
+			if err == nil && !receipt.Duplicate {
+				a.written(c, receipt)
+			} else {
+				a.failed(c, receipt, err)
+			}
+		}
+	}
+	return settled
+}
+
+// seen is the receipt of a decision without events.
+func (a *activation[S]) seen() eventstore.Receipt {
+	r := eventstore.Receipt{Last: a.durable.Position}
+	if a.durable.Version > 0 {
+		r.Revisions = []eventstore.StreamRevision{{Stream: a.stream, Revision: a.durable}}
+	}
+	return r
+}
+
+func (a *activation[S]) written(c *call[S], receipt eventstore.Receipt) {
+	from := a.durable.Version
+	a.durable = receipt.Revision(a.stream)
+	a.depth = min(a.depth*2, a.runtime.options.PipelineDepth)
+	if a.durable.Version != c.version {
+		a.loaded = false // a store that checked no condition
+	}
+	last := c.commit.Events[len(c.commit.Events)-1].ID
+	if c.foldLate {
+		a.late = false
+		if receipt.Last-receipt.First != eventstore.Position(len(c.commit.Events)-1) { //nolint:gosec // not empty
+			a.loaded = false // positions that cannot be told from the receipt
+		}
+		for i := 0; a.loaded && i < len(c.commit.Events); i++ {
+			r := recorded(&c.commit.Events[i], from+uint64(i)+1)                      //nolint:gosec // an index
+			r.Position = receipt.Last - eventstore.Position(len(c.commit.Events)-1-i) //nolint:gosec // an index
+			if err := a.def.fold(a.runtime.options.Encoding, &a.state, &r); err != nil {
+				// It is written: the next load tells what is wrong with it.
+				a.loaded = false
+			}
+		}
+		if a.loaded && a.snapshotDue(from, c.version) {
+			c.picture = a.picture()
+		}
+	}
+	if c.picture != nil {
+		a.keep(c.picture, a.durable, last)
+	}
+	c.answer(receipt, nil, false)
+}
+
+// failed answers a commit that was not written, or makes it decide again, and
+// makes everything decided after it decide again.
+func (a *activation[S]) failed(c *call[S], receipt eventstore.Receipt, err error) {
+	var again []*call[S]
+	if errors.Is(err, eventstore.ErrConflict) {
+		c.conflicts++
+		a.depth = 1
+		a.runtime.count(a.runtime.conflicts, 1, a.stream.Category)
+		if c.conflicts < a.runtime.options.Attempts {
+			again = append(again, c)
+		} else {
+			err = fmt.Errorf("decided %d times on %q, and each time another writer came first: %w", c.conflicts, a.stream, err)
+		}
+	}
+	if len(again) == 0 {
+		c.answer(receipt, err, false)
+	}
+	for _, later := range a.entries {
+		if later.kind == commit {
+			receipt, laterErr := a.runtime.result(later.pending)
+			// It demands to follow the failed commit's event, so it was not written,
+			// whatever is known about it, unless that one may have been.
+			if laterErr == nil || isUnknown(err) && isUnknown(laterErr) {
+				later.answer(receipt, laterErr, false)
+				continue
+			}
+		}
+		again = append(again, later)
+	}
+	for _, c := range again {
+		c.land()
+	}
+	a.runtime.count(a.runtime.repeats, len(again), a.stream.Category)
+	clear(a.keys)
+	a.entries, a.flying, a.late = nil, 0, false
+	a.todo = append(again, a.todo...)
+	a.forget()
+}
+
+// resolve finds out what became of a commit whose outcome is unknown, for as
+// long as it takes: the aggregate stands still meanwhile. The commit is never
+// changed: it may still be on its way.
+func (a *activation[S]) resolve(c eventstore.Commit, base eventstore.Revision, cause error) (eventstore.Receipt, error) {
+	r := a.runtime
+	r.count(r.unknowns, 1, a.stream.Category)
+	r.options.Logger.Warn("deed: the outcome of a commit is unknown, looking it up", "stream", a.stream.String(), "error", cause)
+	for pause := time.Millisecond; ; pause = min(pause*2, time.Second) {
+		receipt, fate, err := a.find(c, base)
+		switch {
+		case err != nil:
+			if permanent(err) {
+				return eventstore.Receipt{}, unknownOutcome(err)
+			}
+		case fate == isWritten:
+			return receipt, nil
+		case fate == isLost:
+			return eventstore.Receipt{}, &eventstore.ConflictError{Kind: eventstore.ConditionStreamAt, Stream: a.stream, Expected: base, Actual: receipt.Revision(a.stream)}
+		default:
+			receipt, err := r.result(r.enqueue(r.life, c))
+			switch {
+			case err == nil && !receipt.Duplicate:
+				return receipt, nil
+			case err == nil:
+				// Ours arrived after all, or another request's with the same key.
+				if ours, fate, err := a.find(c, base); err == nil && fate == isWritten {
+					return ours, nil
+				} else if err == nil {
+					return receipt, nil
+				}
+			case !isUnknown(err) && !errors.Is(err, eventstore.ErrConflict):
+				return eventstore.Receipt{}, err
+			}
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-r.life.Done():
+			timer.Stop()
+			return eventstore.Receipt{}, unknownOutcome(ErrStopped)
+		}
+	}
+}
+
+// permanent reports whether asking again cannot help.
+func permanent(err error) bool {
+	return errors.Is(err, eventstore.ErrClosed) || errors.Is(err, eventstore.ErrInvalid) || errors.Is(err, eventstore.ErrGap)
+}
+
+type fate uint8
+
+const (
+	isAbsent  fate = iota // not there, and may still arrive
+	isWritten             // there
+	isLost                // another event is in its place: it will never be there
+)
+
+// find looks for the commit's events where they belong.
+func (a *activation[S]) find(c eventstore.Commit, base eventstore.Revision) (eventstore.Receipt, fate, error) {
+	receipt := eventstore.Receipt{Fingerprint: c.Fingerprint}
+	o := eventstore.ReadOptions{After: base.Position, Limit: len(c.Events)}
+	n := 0
+	for e, err := range a.runtime.store.Read(a.runtime.life, eventstore.OneStream(a.stream), o) {
+		if err != nil {
+			return receipt, isAbsent, err
+		}
+		if n == 0 {
+			receipt.First = e.Position
+		}
+		receipt.Last = e.Position
+		receipt.Revisions = []eventstore.StreamRevision{{Stream: a.stream, Revision: e.Revision()}}
+		if e.ID != c.Events[n].ID {
+			return receipt, isLost, nil
+		}
+		n++
+	}
+	switch n {
+	case 0:
+		return receipt, isAbsent, nil
+	case len(c.Events):
+		return receipt, isWritten, nil
+	}
+	return receipt, isAbsent, fmt.Errorf("%w: stream %q holds %d of the %d events of a commit", eventstore.ErrGap, a.stream, n, len(c.Events))
+}

@@ -1,0 +1,63 @@
+package aggregate_test
+
+import (
+	"context"
+	"fmt"
+	"sync/atomic"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/deed-go/deed/aggregate"
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/memory"
+)
+
+func BenchmarkExecute(b *testing.B) {
+	for name, open := range map[string]func(b *testing.B) eventstore.Store{
+		"memory": func(b *testing.B) eventstore.Store {
+			s := memory.New()
+			b.Cleanup(func() { require.NoError(b, s.Close()) })
+			return s
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			for _, c := range []struct {
+				name                string
+				callers, aggregates int
+			}{{"hot-1caller", 1, 1}, {"hot-64callers", 64, 1}, {"1000-aggregates-64callers", 64, 1000}} {
+				b.Run(c.name, func(b *testing.B) {
+					r := aggregate.NewRuntime(open(b), aggregate.Options{})
+					b.Cleanup(func() { require.NoError(b, r.Stop(context.Background())) })
+					ids := make([]string, c.aggregates)
+					for i := range ids {
+						ids[i] = fmt.Sprintf("account-%d", i)
+					}
+					var n atomic.Int64
+					b.ReportAllocs()
+					b.ResetTimer()
+					done := make(chan struct{})
+					for range c.callers {
+						go func() {
+							defer func() { done <- struct{}{} }()
+							for {
+								i := n.Add(1)
+								if i > int64(b.N) {
+									return
+								}
+								if _, err := aggregate.Execute(b.Context(), r, accounts, on(ids[int(i)%len(ids)], deposit(1))); err != nil {
+									b.Error(err)
+									return
+								}
+							}
+						}()
+					}
+					for range c.callers {
+						<-done
+					}
+					b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "commands/s")
+				})
+			}
+		})
+	}
+}
