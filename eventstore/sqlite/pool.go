@@ -25,6 +25,9 @@ func newPool(size int, dial func() (*conn, error)) *pool {
 
 // get borrows a connection; put must be called with it.
 func (p *pool) get(ctx context.Context) (*conn, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
 	select {
 	case <-p.closed:
 		return nil, eventstore.ErrClosed

@@ -27,7 +27,8 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 			case now.Closed || s.closed():
 				fail(eventstore.ErrClosed)
 				return
-			case now.Head <= after && !first:
+			case now.Head < after, now.Head == after && !first:
+				first = false
 				select {
 				case <-now.Grown:
 				case <-s.closing:
@@ -37,7 +38,7 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 			}
 			var batch eventstore.Batch
 			switch {
-			case now.Head <= after:
+			case now.Head == after:
 				batch.Through = after
 			case now.Complete:
 				batch = fromTail(q, now.Events)

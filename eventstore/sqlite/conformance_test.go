@@ -1,0 +1,25 @@
+package sqlite_test
+
+import (
+	"path/filepath"
+	"testing"
+
+	"github.com/deed-go/deed/eventstore/sqlite"
+	"github.com/deed-go/deed/eventstore/storetest"
+)
+
+func TestStore(t *testing.T) {
+	storetest.Run(t, harness(), storetest.Full())
+}
+
+// A tail of one event makes every subscriber read from the file.
+func TestStore_WithoutTail(t *testing.T) {
+	storetest.Run(t, harness(sqlite.Tail(1, 1)), storetest.Full())
+}
+
+func harness(options ...sqlite.Option) storetest.Harness {
+	return func(t testing.TB) storetest.Opener {
+		path := filepath.Join(t.TempDir(), "log.db")
+		return func() (storetest.Store, error) { return sqlite.Open(t.Context(), path, options...) }
+	}
+}
