@@ -39,8 +39,8 @@ type Options struct {
 	// the name of an earlier one takes its leases over.
 	Owner string
 
-	// BatchEvents is about how many events a view folds before it writes its rows
-	// while catching up; live, it writes as soon as there are no more. Defaults to 4096.
+	// BatchEvents is how many events a view folds at most before it writes its
+	// rows; live, it writes as soon as there are no more. Defaults to 4096.
 	BatchEvents int
 	// SQLEvents and SQLTime bound one transaction of an SQL projection, for which
 	// appends may have to wait: it ends with the event that reaches either. Default

@@ -3,8 +3,8 @@ package projection_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
@@ -14,6 +14,7 @@ import (
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/eventstore/sqlite"
 	"github.com/deed-go/deed/projection"
 )
 
@@ -71,6 +72,12 @@ func onBackends(t *testing.T, test func(t *testing.T, open func(t *testing.T) ba
 var backends = map[string]func(t *testing.T) backend{
 	"memory": func(t *testing.T) backend {
 		s := memory.New()
+		t.Cleanup(func() { require.NoError(t, s.Close()) })
+		return s
+	},
+	"sqlite": func(t *testing.T) backend {
+		s, err := sqlite.Open(context.Background(), filepath.Join(t.TempDir(), "events.db"))
+		require.NoError(t, err)
 		t.Cleanup(func() { require.NoError(t, s.Close()) })
 		return s
 	},
@@ -176,5 +183,3 @@ func TestView_CatchesUpThenFollows(t *testing.T) {
 		require.NoError(t, r.stop())
 	})
 }
-
-var _ = fmt.Sprint

@@ -52,7 +52,7 @@ func inheritsName(t reflect.Type, name string) error {
 	}
 	for i := range t.NumField() {
 		f := t.Field(i)
-		if !f.Anonymous || !f.IsExported() {
+		if !f.Anonymous {
 			continue
 		}
 		embedded := f.Type

@@ -337,14 +337,15 @@ func (r *runner) take(ctx context.Context, lease Lease, a arrival, more <-chan a
 // apply commits the items, in order, whatever it takes: what fails is tried
 // again alone, and set aside in the end.
 func (r *runner) apply(ctx context.Context, lease Lease, items []item, through eventstore.Position) error {
-	attempts, limit := 0, len(items)
+	most := r.engine.options.BatchEvents
+	attempts, limit := 0, min(len(items), most)
 	for len(items) > 0 {
 		r.park(items)
 		n, err := r.commit(ctx, lease, items[:limit], through, limit == len(items))
 		if err == nil {
 			items, attempts = items[n:], 0
 			if limit -= n; limit == 0 {
-				limit = len(items)
+				limit = min(len(items), most)
 			}
 			continue
 		}
@@ -371,7 +372,7 @@ func (r *runner) apply(ctx context.Context, lease Lease, items []item, through e
 			return err
 		}
 		items, attempts = items[1:], 0
-		limit = len(items)
+		limit = min(len(items), most)
 	}
 	if r.stored.Position < through {
 		return r.skip(ctx, lease, through)
