@@ -7,6 +7,7 @@ import (
 
 	"github.com/deed-go/deed/eventstore/memory"
 	"github.com/deed-go/deed/eventstore/storetest"
+	"github.com/deed-go/deed/projection/statetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -17,4 +18,10 @@ func TestStore(t *testing.T) {
 	storetest.Run(t, func(testing.TB) storetest.Opener {
 		return func() (storetest.Store, error) { return memory.New(), nil }
 	}, features)
+}
+
+func TestState(t *testing.T) {
+	statetest.Run(t, func(testing.TB) statetest.Opener {
+		return func() (statetest.State, error) { return memory.New(), nil }
+	}, statetest.Features{})
 }
