@@ -163,7 +163,7 @@ func (a *activation[S]) load(c *call[S]) error {
 		return err
 	}
 	a.loaded, a.state, a.tip, a.tipLast, a.durable = true, h.state, h.at.Version, h.last, h.at
-	if a.snapshotDue(0, uint64(h.replayed)) { //nolint:gosec // a count
+	if a.snapshotDue(0, uint64(h.replayed)) {
 		if state := a.picture(); state != nil {
 			a.keep(state, h.at, h.last)
 		}
@@ -232,7 +232,7 @@ func (a *activation[S]) prepare(c *call[S], events []Event) error {
 	}
 	from := a.tip
 	for i := range encoded {
-		r := recorded(&encoded[i], from+uint64(i)+1) //nolint:gosec // an index
+		r := recorded(&encoded[i], from+uint64(i)+1)
 		if c.foldLate {
 			err = a.def.decodes(a.runtime.options.Encoding, &r)
 		} else if err = a.def.fold(a.runtime.options.Encoding, &a.state, &r); err != nil {
@@ -330,12 +330,12 @@ func (a *activation[S]) written(c *call[S], receipt eventstore.Receipt) {
 	last := c.commit.Events[len(c.commit.Events)-1].ID
 	if c.foldLate {
 		a.late = false
-		if receipt.Last-receipt.First != eventstore.Position(len(c.commit.Events)-1) { //nolint:gosec // not empty
+		if receipt.Last-receipt.First != eventstore.Position(len(c.commit.Events)-1) {
 			a.loaded = false // positions that cannot be told from the receipt
 		}
 		for i := 0; a.loaded && i < len(c.commit.Events); i++ {
-			r := recorded(&c.commit.Events[i], from+uint64(i)+1)                      //nolint:gosec // an index
-			r.Position = receipt.Last - eventstore.Position(len(c.commit.Events)-1-i) //nolint:gosec // an index
+			r := recorded(&c.commit.Events[i], from+uint64(i)+1)
+			r.Position = receipt.Last - eventstore.Position(len(c.commit.Events)-1-i)
 			if err := a.def.fold(a.runtime.options.Encoding, &a.state, &r); err != nil {
 				// It is written: the next load tells what is wrong with it.
 				a.loaded = false

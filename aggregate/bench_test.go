@@ -3,6 +3,8 @@ package aggregate_test
 import (
 	"context"
 	"fmt"
+	"io"
+	"path/filepath"
 	"sync/atomic"
 	"testing"
 
@@ -11,6 +13,7 @@ import (
 	"github.com/deed-go/deed/aggregate"
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/eventstore/sqlite"
 )
 
 func BenchmarkExecute(b *testing.B) {
@@ -18,6 +21,12 @@ func BenchmarkExecute(b *testing.B) {
 		"memory": func(b *testing.B) eventstore.Store {
 			s := memory.New()
 			b.Cleanup(func() { require.NoError(b, s.Close()) })
+			return s
+		},
+		"sqlite": func(b *testing.B) eventstore.Store {
+			s, err := sqlite.File(filepath.Join(b.TempDir(), "bench.db")).Open(b.Context())
+			require.NoError(b, err)
+			b.Cleanup(func() { require.NoError(b, s.(io.Closer).Close()) })
 			return s
 		},
 	} {
@@ -28,7 +37,7 @@ func BenchmarkExecute(b *testing.B) {
 			}{{"hot-1caller", 1, 1}, {"hot-64callers", 64, 1}, {"1000-aggregates-64callers", 64, 1000}} {
 				b.Run(c.name, func(b *testing.B) {
 					r := aggregate.NewRuntime(open(b), aggregate.Options{})
-					b.Cleanup(func() { require.NoError(b, r.Stop(context.Background())) })
+					b.Cleanup(func() { require.NoError(b, r.Stop(context.WithoutCancel(b.Context()))) })
 					ids := make([]string, c.aggregates)
 					for i := range ids {
 						ids[i] = fmt.Sprintf("account-%d", i)

@@ -29,7 +29,7 @@ func (a *activation[S]) decideBoundary(c *call[S]) {
 	}
 }
 
-func (a *activation[S]) tryBoundary(ctx context.Context, c *call[S]) (_ eventstore.Receipt, err error, judged, conflict bool) { //nolint:revive,staticcheck // the flags qualify the error
+func (a *activation[S]) tryBoundary(ctx context.Context, c *call[S]) (_ eventstore.Receipt, err error, judged, conflict bool) {
 	r := a.runtime
 	fail := func(err error) (eventstore.Receipt, error, bool, bool) {
 		return eventstore.Receipt{}, err, false, false

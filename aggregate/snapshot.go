@@ -128,7 +128,7 @@ func throughJSON[S any](state *S) (data []byte, err error) {
 // snapshotDue says whether a snapshot should follow the step from one version
 // to another.
 func (a *activation[S]) snapshotDue(from, to uint64) bool {
-	every := uint64(a.def.snapshotEvery) //nolint:gosec // Define refuses negative ones
+	every := uint64(a.def.snapshotEvery)
 	return every > 0 && a.runtime.options.Snapshots != nil && from/every != to/every
 }
 

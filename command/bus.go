@@ -6,7 +6,15 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"math"
 	"reflect"
+	"strings"
+	"sync"
+
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/deed-go/deed/aggregate"
 	"github.com/deed-go/deed/eventstore"
@@ -14,10 +22,11 @@ import (
 
 // Command decides about one aggregate with the state S.
 //
-// It may also have a method Validate() error, which the middleware [Validate]
-// calls before the aggregate is looked at, and a method
-// Boundary() (eventstore.Query, S), which makes it a decision about all events
-// that match the query, folded into the given initial state.
+// It may also have a method Validate() error, which is asked before the
+// aggregate is looked at and whose error becomes a rejection that wraps
+// [ErrInvalid]; and a method Boundary() (eventstore.Query, S), which makes it a
+// decision about all events that match the query, folded into the initial
+// state that comes with it.
 type Command[S any] interface {
 	// AggregateID says which aggregate the command is for, and whose stream its
 	// events join.
@@ -38,7 +47,8 @@ type Call struct {
 	Key string
 	// Command is the command itself. To read only.
 	Command any
-	// Metadata is stored with the events; middleware may change it.
+	// Metadata is stored with the events. Middleware may change it, but not the
+	// map in it: replace that.
 	Metadata *eventstore.Metadata
 
 	run Handler
@@ -54,12 +64,17 @@ type Middleware func(next Handler) Handler
 type Options struct {
 	// Middleware wraps every call; the first is the outermost.
 	Middleware []Middleware
+	// TracerProvider makes a span for each command, and its context is stored with
+	// the events. Defaults to OpenTelemetry's global one, which by default makes none.
+	TracerProvider trace.TracerProvider
 }
 
 // Bus executes commands. It is safe for concurrent use.
 type Bus struct {
 	runtime *aggregate.Runtime
 	handler Handler
+	tracer  trace.Tracer
+	kinds   sync.Map // reflect.Type -> *kind
 }
 
 // NewBus returns a bus that executes commands on the runtime.
@@ -68,7 +83,10 @@ func NewBus(r *aggregate.Runtime, o Options) *Bus {
 	for i := len(o.Middleware) - 1; i >= 0; i-- {
 		handler = o.Middleware[i](handler)
 	}
-	return &Bus{runtime: r, handler: handler}
+	if o.TracerProvider == nil {
+		o.TracerProvider = otel.GetTracerProvider()
+	}
+	return &Bus{runtime: r, handler: handler, tracer: o.TracerProvider.Tracer("github.com/deed-go/deed/command")}
 }
 
 // Runtime returns the runtime that the bus executes commands on.
@@ -83,39 +101,120 @@ type Option func(*Call)
 // Rejections, and commands after which nothing happened, use up no key.
 func Key(key string) Option { return func(c *Call) { c.Key = key } }
 
-// Execute decides the command on its aggregate's state and returns when its
-// events are durable.
+// Execute decides the command on its aggregate's current state, writes what was
+// decided, and returns when that is durable. When nothing happens, the receipt
+// names the last event that the decision was based on. It is safe to call
+// concurrently; see [aggregate.Execute] for order, retries, and what the end of
+// ctx means.
+//
+// Errors: a [Rejection] is the domain's no, and any other error of Decide comes
+// back as it is; both wrote nothing. The rest is failures: of the store
+// ([eventstore.ErrConflict] after too many attempts, [eventstore.ErrKeyReused],
+// [eventstore.ErrOutcomeUnknown], …), of a definition or an event, or an
+// [aggregate.PanicError].
 func Execute[S any, C Command[S]](ctx context.Context, bus *Bus, def *aggregate.Definition[S], c C, options ...Option) (eventstore.Receipt, error) {
+	kind, err := kindOf[S](bus, c)
+	if err != nil {
+		return eventstore.Receipt{}, fmt.Errorf("execute on aggregate %q: %w", def.Category(), err)
+	}
 	metadata := metadataOf(ctx)
 	if metadata.CorrelationID == "" {
 		metadata.CorrelationID = newCorrelation()
 	}
 	call := &Call{
-		Name: reflect.TypeOf(c).String(), Category: def.Category(), ID: c.AggregateID(),
+		Name: kind.name, Category: def.Category(), ID: c.AggregateID(),
 		Command: c, Metadata: &metadata,
 	}
 	for _, option := range options {
 		option(call)
 	}
 	call.run = func(ctx context.Context, call *Call) (eventstore.Receipt, error) {
+		if v, ok := any(c).(validator); ok {
+			if err := v.Validate(); err != nil {
+				return eventstore.Receipt{}, invalid(call, err)
+			}
+		}
 		req := aggregate.Request[S]{ID: call.ID, Key: call.Key, Metadata: *call.Metadata, Decide: c.Decide}
-		if b, ok := any(c).(interface {
-			Boundary() (eventstore.Query, S)
-		}); ok {
+		if b, ok := any(c).(bounded[S]); ok {
 			req.Boundary = b.Boundary
 		}
 		if call.Key != "" {
-			fingerprint, err := fingerprintOf(call)
-			if err != nil {
+			var err error
+			if req.Fingerprint, err = fingerprintOf(call); err != nil {
 				return eventstore.Receipt{}, err
 			}
-			req.Fingerprint = fingerprint
 		}
 		return aggregate.Execute(ctx, bus.runtime, def, req)
 	}
-	return bus.handler(ctx, call)
+	return bus.execute(ctx, call)
 }
 
+// kind is what is known of a command's Go type.
+type kind struct {
+	name    string
+	mistake error
+}
+
+type validator interface{ Validate() error }
+
+type bounded[S any] interface {
+	Boundary() (eventstore.Query, S)
+}
+
+func kindOf[S any](b *Bus, command any) (*kind, error) {
+	t := reflect.TypeOf(command)
+	if t == nil || t.Kind() == reflect.Pointer && reflect.ValueOf(command).IsNil() {
+		return nil, fmt.Errorf("%w: the command is nil", eventstore.ErrInvalid)
+	}
+	if known, ok := b.kinds.Load(t); ok {
+		k := known.(*kind)
+		return k, k.mistake
+	}
+	k := &kind{name: strings.TrimPrefix(t.String(), "*")}
+	// An optional method with another signature would be passed over in silence.
+	if m, ok := t.MethodByName("Validate"); ok && !t.Implements(reflect.TypeFor[validator]()) {
+		k.mistake = fmt.Errorf("%w: command %s has a method Validate of type %s: make it Validate() error, or rename it", eventstore.ErrInvalid, k.name, m.Type)
+	}
+	if m, ok := t.MethodByName("Boundary"); ok && !t.Implements(reflect.TypeFor[bounded[S]]()) {
+		k.mistake = fmt.Errorf("%w: command %s has a method Boundary of type %s: make it Boundary() (eventstore.Query, %s), or rename it", eventstore.ErrInvalid, k.name, m.Type, reflect.TypeFor[S]())
+	}
+	b.kinds.Store(t, k)
+	return k, k.mistake
+}
+
+func (b *Bus) execute(ctx context.Context, call *Call) (eventstore.Receipt, error) {
+	ctx, span := b.tracer.Start(ctx, call.Name, trace.WithSpanKind(trace.SpanKindInternal))
+	defer span.End()
+	if c := span.SpanContext(); c.IsValid() {
+		call.Metadata.TraceParent = traceParent(c)
+	}
+	if !span.IsRecording() {
+		return b.handler(ctx, call)
+	}
+	span.SetAttributes(attribute.String("deed.category", call.Category), attribute.String("deed.id", call.ID))
+	receipt, err := b.handler(ctx, call)
+	switch {
+	case err == nil:
+		span.SetAttributes(
+			attribute.Int64("deed.position", int64(min(receipt.Last, math.MaxInt64))),
+			attribute.Bool("deed.duplicate", receipt.Duplicate),
+		)
+	case IsRejection(err):
+		span.SetAttributes(attribute.String("deed.rejected", err.Error()))
+	default:
+		span.RecordError(err)
+		span.SetStatus(codes.Error, err.Error())
+	}
+	return receipt, err
+}
+
+// traceParent is the span context as W3C Trace Context writes it in headers.
+func traceParent(c trace.SpanContext) string {
+	return "00-" + c.TraceID().String() + "-" + c.SpanID().String() + "-" + c.TraceFlags().String()
+}
+
+// fingerprintOf says what an idempotency key stands for: the command's type,
+// its content, and the aggregate it is for.
 func fingerprintOf(call *Call) (string, error) {
 	content, err := json.Marshal(call.Command)
 	if err != nil {

@@ -1,0 +1,32 @@
+package main
+
+// want: \(type Happened\) does not satisfy aggregate.Event \(missing method EventType\)
+
+import (
+	"context"
+
+	"github.com/deed-go/deed/aggregate"
+	"github.com/deed-go/deed/command"
+)
+
+type Opened struct{}
+
+func (Opened) EventType() string { return "account.opened" }
+
+type Account struct{ Open bool }
+
+var accounts = aggregate.Define("account", aggregate.On(func(a *Account, _ Opened) { a.Open = true }))
+
+type Happened struct{}
+
+var others = aggregate.Define("other", aggregate.On(func(*Account, Happened) {}))
+
+type Open struct{ Account string }
+
+func (c Open) AggregateID() string                       { return c.Account }
+func (c Open) Decide(Account) ([]aggregate.Event, error) { return nil, nil }
+
+func main() {
+	var bus *command.Bus
+	_, _ = command.Execute(context.Background(), bus, accounts, Open{"ann"})
+}

@@ -1,0 +1,28 @@
+package main
+
+// want: Open does not match \*aggregate.Definition\[S\]|type Open of Open
+
+import (
+	"context"
+
+	"github.com/deed-go/deed/aggregate"
+	"github.com/deed-go/deed/command"
+)
+
+type Opened struct{}
+
+func (Opened) EventType() string { return "account.opened" }
+
+type Account struct{ Open bool }
+
+var accounts = aggregate.Define("account", aggregate.On(func(a *Account, _ Opened) { a.Open = true }))
+
+type Open struct{ Account string }
+
+func (c Open) AggregateID() string                       { return c.Account }
+func (c Open) Decide(Account) ([]aggregate.Event, error) { return nil, nil }
+
+func main() {
+	var bus *command.Bus
+	_, _ = command.Execute(context.Background(), bus, Open{"ann"}, accounts)
+}
