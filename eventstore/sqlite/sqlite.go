@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -67,6 +68,7 @@ type settings struct {
 	// For tests.
 	vfs         string
 	synchronous string      // of appends
+	checkpoint  int         // pages of the write-ahead log that bring about a checkpoint
 	hold        func()      // called by the writer before it takes a batch
 	steps       []Migration // the schema
 }
@@ -81,6 +83,7 @@ func defaults() settings {
 		viewers:     16,
 		now:         time.Now,
 		synchronous: "FULL",
+		checkpoint:  4000,
 		steps:       Migrations(),
 	}
 }
@@ -216,7 +219,7 @@ func (s *Store) configureWriter(c *conn) error {
 		PRAGMA journal_mode = WAL;
 		PRAGMA synchronous = ` + s.settings.synchronous + `;
 		PRAGMA busy_timeout = 0;
-		PRAGMA wal_autocheckpoint = 4000;
+		PRAGMA wal_autocheckpoint = ` + strconv.Itoa(s.settings.checkpoint) + `;
 		PRAGMA journal_size_limit = 67108864;
 		PRAGMA temp_store = MEMORY;
 		PRAGMA cache_size = -65536;`)
