@@ -1,0 +1,177 @@
+package saga
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/deed-go/deed/command"
+)
+
+var (
+	// ErrTimeout: an awaited event did not come in time, or a step's attempt took
+	// longer than [Within] allows.
+	ErrTimeout = errors.New("timed out")
+	// ErrBlocked: the run waits for a human or for other code. See [BlockedError].
+	ErrBlocked = errors.New("saga is blocked")
+	// ErrFailed: the saga's function returned an error; what it had done is
+	// compensated. See [FailedError].
+	ErrFailed = errors.New("saga failed")
+	// ErrNotFound: there is no run of that id.
+	ErrNotFound = errors.New("saga not found")
+	// ErrUnwinding is what the calls of a deferred function get while the run is
+	// put aside to wait; they do nothing.
+	ErrUnwinding = errors.New("the saga is being put aside: calls in deferred functions do nothing")
+	// ErrStopped: the engine is not running.
+	ErrStopped = errors.New("saga engine has stopped")
+	// ErrUndecided: a new saga or reaction was not told what to do about the events
+	// that are already in the log.
+	ErrUndecided = errors.New("undecided about the past")
+)
+
+// terminal marks an error that trying again does not help.
+type terminal struct{ err error }
+
+func (t terminal) Error() string { return t.err.Error() }
+func (t terminal) Unwrap() error { return t.err }
+
+// Terminal marks err as final: the step that returns it is not tried again.
+// Nil stays nil.
+func Terminal(err error) error {
+	if err == nil {
+		return nil
+	}
+	return terminal{err}
+}
+
+// IsTerminal reports whether err was marked by [Terminal], also when it was
+// since recorded and replayed.
+func IsTerminal(err error) bool {
+	if _, ok := errors.AsType[terminal](err); ok {
+		return true
+	}
+	step, ok := errors.AsType[*StepError](err)
+	return ok && step.failure.Terminal
+}
+
+// StepError is how a step failed for good, as the history recorded it. The
+// code gets it the first time too, not only at a replay, so that it cannot
+// decide differently then.
+//
+// The original error is gone, but errors.Is still finds a sentinel in it when
+// its text is that of one of the errors that the original one wrapped:
+// sentinels made by errors.New work as usual, as long as their text stays.
+// command.IsRejection, [IsTerminal] and errors.Is(err, [ErrTimeout]) hold as
+// for the original. errors.As does not find the original's type.
+type StepError struct {
+	// Step is the name of the step.
+	Step    string
+	failure failure
+}
+
+// Error names the step and what went wrong.
+func (e *StepError) Error() string { return fmt.Sprintf("step %q: %s", e.Step, e.failure.Message) }
+
+// Is recognises what the original error wrapped, by text.
+func (e *StepError) Is(target error) bool {
+	if target == ErrTimeout {
+		return e.failure.Timeout
+	}
+	if target == nil {
+		return false
+	}
+	text := target.Error()
+	return text == e.failure.Message || slices.Contains(e.failure.Is, text)
+}
+
+// Unwrap returns the rejection, if the step failed with one.
+func (e *StepError) Unwrap() error {
+	if e.failure.Rejection {
+		return command.Reject(errors.New(e.failure.Message))
+	}
+	return nil
+}
+
+// FailedError is how a saga ended that failed. errors.Is recognises it as
+// [ErrFailed], and as the error the code returned, as for a [StepError].
+type FailedError struct {
+	Saga, ID string
+	// Compensated names the compensations that ran, in their order.
+	Compensated []string
+	failure     failure
+}
+
+// Error names the run and the cause.
+func (e *FailedError) Error() string {
+	return fmt.Sprintf("saga %q, run %q failed: %s", e.Saga, e.ID, e.failure.Message)
+}
+
+// Is recognises ErrFailed and what the original error wrapped.
+func (e *FailedError) Is(target error) bool {
+	return target == ErrFailed || (&StepError{failure: e.failure}).Is(target)
+}
+
+// Unwrap returns the rejection, if the code returned one.
+func (e *FailedError) Unwrap() error { return (&StepError{failure: e.failure}).Unwrap() }
+
+// BlockedError says why a run does not go on. Nothing was compensated and
+// nothing is lost; after a fix it goes on when the engine starts, or with
+// [Engine.Resume].
+type BlockedError struct {
+	Saga, ID string
+	Reason   string
+}
+
+// Error names the run and the reason.
+func (e *BlockedError) Error() string {
+	return fmt.Sprintf("saga %q, run %q is blocked: %s", e.Saga, e.ID, e.Reason)
+}
+
+// Is makes errors.Is(err, ErrBlocked) hold.
+func (e *BlockedError) Is(target error) bool { return target == ErrBlocked }
+
+// failureOf is the recorded form of err.
+func failureOf(err error) failure {
+	f := failure{Message: err.Error(), Rejection: command.IsRejection(err), Terminal: IsTerminal(err)}
+	f.Timeout = errors.Is(err, ErrTimeout) || errors.Is(err, context.DeadlineExceeded)
+	if step, ok := err.(*StepError); ok { //nolint:errorlint // only the outermost error lends its message
+		f = step.failure
+		f.Message = err.Error()
+		if f.Rejection {
+			f.Message = step.failure.Message
+		}
+		return f
+	}
+	const most = 16
+	seen := map[string]bool{}
+	var walk func(error)
+	walk = func(err error) {
+		if err == nil || len(f.Is) >= most {
+			return
+		}
+		if step, ok := err.(*StepError); ok { //nolint:errorlint // every error of the tree is visited
+			for _, text := range step.failure.Is {
+				if !seen[text] {
+					seen[text] = true
+					f.Is = append(f.Is, text)
+				}
+			}
+			return
+		}
+		if text := err.Error(); text != f.Message && !seen[text] {
+			seen[text] = true
+			f.Is = append(f.Is, text)
+		}
+		switch wrapper := err.(type) { //nolint:errorlint // every error of the tree is visited
+		case interface{ Unwrap() error }:
+			walk(wrapper.Unwrap())
+		case interface{ Unwrap() []error }:
+			for _, inner := range wrapper.Unwrap() {
+				walk(inner)
+			}
+		}
+	}
+	walk(err)
+	return f
+}

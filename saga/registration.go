@@ -1,0 +1,24 @@
+package saga
+
+import (
+	"fmt"
+
+	jsonv1 "github.com/go-json-experiment/json/v1"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+func encodeRegistration(from eventstore.Position) ([]byte, error) {
+	return jsonv1.Marshal(registration{Format: historyFormat, From: from})
+}
+
+func decodeRegistration(r *eventstore.Recorded) (eventstore.Position, error) {
+	var reg registration
+	if err := jsonv1.Unmarshal(r.Data, &reg); err != nil {
+		return 0, &eventstore.DecodeError{Event: *r, Cause: err}
+	}
+	if reg.Format > historyFormat {
+		return 0, fmt.Errorf("%w: its registration has format %d, this program knows up to %d", errNewerHistory, reg.Format, historyFormat)
+	}
+	return reg.From, nil
+}

@@ -1,0 +1,727 @@
+package saga
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/projection"
+)
+
+// behaviour is what a saga's and a reaction's worker do differently. All
+// methods are called with the runner's lock held, but for load.
+type behaviour interface {
+	// load reads the index as of the checkpoint.
+	load(tx projection.StateTx) error
+	// query selects what the worker follows; it may widen as events are routed.
+	query() eventstore.Query
+	// past selects the events that a new process must decide about; false: none.
+	past() (eventstore.Query, bool)
+	// history selects the process's own events.
+	history() eventstore.Query
+	// route folds the next event into the index. True says that the query has
+	// widened, and that what follows in the batch must be read again.
+	route(r *eventstore.Recorded) (bool, error)
+	// ready gets everything going that is open, once the log has been followed to
+	// where it was when the worker started.
+	ready()
+	// settle gets going what the last events made possible.
+	settle()
+	// due is the earliest instant that something waits for.
+	due() (time.Time, bool)
+	// fire gets going what is due.
+	fire(now time.Time)
+	// changes takes what of the index is not stored yet.
+	changes() changes
+	// describe names what is running, for messages.
+	describe() []string
+}
+
+// changes are those of the index since the last flush.
+type changes struct {
+	count int
+	write func(tx projection.StateTx) error
+	// undo marks them as not stored again.
+	undo func()
+}
+
+// flushEvery bounds how many changes of the index gather, and so how long a
+// restart takes to catch up.
+const (
+	flushEvery    = 500
+	flushInterval = time.Second
+	leaseRetry    = time.Second
+)
+
+// ledger counts work in the order of the events that caused it.
+type ledger struct {
+	entries []*entry
+}
+
+type entry struct {
+	cause eventstore.Position
+	done  bool
+}
+
+func (l *ledger) add(cause eventstore.Position) *entry {
+	if n := len(l.entries); n > 0 {
+		cause = max(cause, l.entries[n-1].cause)
+	}
+	e := &entry{cause: cause}
+	l.entries = append(l.entries, e)
+	return e
+}
+
+func (l *ledger) finish(e *entry) {
+	e.done = true
+	for len(l.entries) > 0 && l.entries[0].done {
+		l.entries[0] = nil
+		l.entries = l.entries[1:]
+	}
+}
+
+// before reports whether work caused at or before p is left.
+func (l *ledger) before(p eventstore.Position) bool {
+	return len(l.entries) > 0 && l.entries[0].cause <= p
+}
+
+type job struct {
+	entry *entry
+	run   func(ctx context.Context)
+}
+
+type waiter struct {
+	through eventstore.Position
+	done    chan struct{}
+}
+
+// runner follows the log for one process, keeps its index and checkpoint, and
+// runs its jobs. The index is the fold of the log up to position; both are
+// stored in one transaction.
+type runner struct {
+	name      string // of the worker and its lease and checkpoint
+	begin     beginning
+	env       *environment
+	state     projection.State
+	owner     string
+	ttl       time.Duration
+	grace     time.Duration
+	limit     int
+	logger    *slog.Logger
+	behaviour behaviour
+
+	flushing chan struct{} // semaphore of one
+	rearm    chan struct{}
+	unstored chan struct{}
+	full     chan struct{}
+	room     chan struct{}
+	stopped  chan struct{} // closed when Run has returned
+
+	mu         sync.Mutex
+	started    bool
+	lease      projection.Lease
+	logID      string
+	checkpoint projection.Checkpoint
+	position   eventstore.Position // everything up to here was routed
+	cause      eventstore.Position // of work that is submitted now
+	target     eventstore.Position // caught up when position gets here
+	caught     bool
+	stopping   bool
+	failure    error
+	cancel     context.CancelFunc // ends Run
+	steps      context.Context    // of jobs
+	ledger     ledger
+	queue      []job
+	active     int
+	idle       chan struct{} // closed when active reaches 0 while stopping
+	waiters    []*waiter
+	pending    int // changes since the last flush
+}
+
+func newRunner(e *Engine, name string, begin beginning) runner {
+	return runner{
+		name: name, begin: begin, env: &e.env, state: e.state,
+		owner: e.options.Owner, ttl: e.options.LeaseTTL, grace: e.options.Grace, limit: e.options.Concurrency, logger: e.env.logger,
+		flushing: make(chan struct{}, 1), rearm: make(chan struct{}, 1), unstored: make(chan struct{}, 1),
+		full: make(chan struct{}, 1), room: make(chan struct{}, 1), stopped: make(chan struct{}),
+	}
+}
+
+// poke signals without waiting.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// Name implements worker.Worker.
+func (w *runner) Name() string { return w.name }
+
+// Run implements worker.Worker. A worker runs once.
+func (w *runner) Run(ctx context.Context) error {
+	w.mu.Lock()
+	if w.started {
+		w.mu.Unlock()
+		return fmt.Errorf("%w: %s was run before: make a new engine", ErrStopped, w.name)
+	}
+	w.started = true
+	w.mu.Unlock()
+
+	err := w.run(ctx)
+
+	w.mu.Lock()
+	if w.failure == nil {
+		w.failure = err
+	}
+	if w.failure == nil {
+		w.failure = fmt.Errorf("%w: %s", ErrStopped, w.name)
+	}
+	close(w.stopped)
+	w.mu.Unlock()
+	return err
+}
+
+func (w *runner) run(ctx context.Context) error {
+	lease, err := w.acquire(ctx)
+	if err != nil || ctx.Err() != nil {
+		return err
+	}
+	defer func() { _ = w.state.Release(context.WithoutCancel(ctx), lease) }()
+	if err := w.open(ctx, lease); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+
+	following, cancel := context.WithCancel(ctx)
+	defer cancel()
+	steps, cancelSteps := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer cancelSteps(ErrStopped)
+	w.mu.Lock()
+	w.cancel, w.steps = cancel, steps
+	if w.failure != nil {
+		cancel()
+	}
+	if w.position >= w.target {
+		w.caught = true
+		w.behaviour.ready()
+	}
+	w.pump()
+	w.mu.Unlock()
+
+	var loops sync.WaitGroup
+	for _, loop := range []func(context.Context) error{w.follow, w.fireLoop, w.flushLoop, w.renewLoop} {
+		loops.Go(func() {
+			if err := loop(following); err != nil && following.Err() == nil {
+				w.fail(err)
+			}
+		})
+	}
+	<-following.Done()
+	loops.Wait()
+	w.drain(cancelSteps)
+
+	w.mu.Lock()
+	failure := w.failure
+	w.mu.Unlock()
+	if failure != nil {
+		return failure
+	}
+	if err := w.flush(context.WithoutCancel(ctx)); err != nil {
+		return err
+	}
+	return nil
+}
+
+// acquire waits for the lease.
+func (w *runner) acquire(ctx context.Context) (projection.Lease, error) {
+	for told := false; ; told = true {
+		lease, err := w.state.Acquire(ctx, w.name, w.owner, w.ttl)
+		if err == nil || ctx.Err() != nil {
+			return lease, nil
+		}
+		if !errors.Is(err, projection.ErrLeaseHeld) {
+			return lease, fmt.Errorf("%s: %w", w.name, err)
+		}
+		if !told {
+			w.logger.Info("waiting for the lease", "worker", w.name, "reason", err)
+		}
+		if !pause(ctx, leaseRetry) {
+			return lease, nil
+		}
+	}
+}
+
+// pause waits in real time; false says that ctx ended.
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// open loads the index and finds where to begin.
+func (w *runner) open(ctx context.Context, lease projection.Lease) error {
+	logID, err := eventstore.LogID(ctx, w.env.store)
+	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
+		return fmt.Errorf("%s: %w", w.name, err)
+	}
+	head, err := w.env.store.Head(ctx)
+	if err != nil {
+		return fmt.Errorf("%s: %w", w.name, err)
+	}
+	var checkpoint projection.Checkpoint
+	err = w.state.View(ctx, func(tx projection.StateTx) error {
+		var err error
+		if checkpoint, err = tx.Checkpoint(w.name); err != nil || checkpoint.IsZero() {
+			return err
+		}
+		return w.behaviour.load(tx)
+	})
+	if err != nil {
+		return fmt.Errorf("%s: load the index: %w", w.name, err)
+	}
+	switch {
+	case checkpoint.IsZero():
+		from, err := w.decide(ctx, head)
+		if err != nil {
+			return fmt.Errorf("%s: %w", w.name, err)
+		}
+		first := projection.Checkpoint{Log: logID, Position: from}
+		if err := w.state.Update(ctx, func(tx projection.StateTx) error { return tx.SetCheckpoint(lease, checkpoint, first) }); err != nil {
+			return fmt.Errorf("%s: %w", w.name, err)
+		}
+		checkpoint = first
+	case checkpoint.Log != logID:
+		return fmt.Errorf("%s: %w: its checkpoint belongs to the log %q, the store has the log %q: was one of them replaced?", w.name, eventstore.ErrInvalid, checkpoint.Log, logID)
+	case checkpoint.Position > head:
+		return fmt.Errorf("%s: %w: its checkpoint is at position %d, but the log ends at %d: was the log restored from an older copy?", w.name, eventstore.ErrInvalid, checkpoint.Position, head)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.lease, w.logID, w.checkpoint = lease, logID, checkpoint
+	w.position, w.target = checkpoint.Position, head
+	return nil
+}
+
+// registration is how a process that began in the middle of the log says so,
+// for the day its checkpoint is lost.
+type registration struct {
+	Format int                 `json:"format"`
+	From   eventstore.Position `json:"from"`
+}
+
+// decide returns where a process without checkpoint begins.
+func (w *runner) decide(ctx context.Context, head eventstore.Position) (eventstore.Position, error) {
+	stream := eventstore.Stream{Category: registrationStream, ID: w.name}
+	for r, err := range w.env.store.Read(ctx, eventstore.OneStream(stream), eventstore.ReadOptions{Limit: 1}) {
+		if err != nil {
+			return 0, err
+		}
+		return decodeRegistration(&r)
+	}
+	if w.begin == fromStart {
+		return 0, nil
+	}
+	w.mu.Lock()
+	history := w.behaviour.history()
+	past, some := w.behaviour.past()
+	w.mu.Unlock()
+	for _, err := range w.env.store.Read(ctx, history, eventstore.ReadOptions{Limit: 1}) {
+		return 0, err // it has run before; its index was lost and is made again
+	}
+	if !some {
+		return 0, nil
+	}
+	for r, err := range w.env.store.Read(ctx, past, eventstore.ReadOptions{Limit: 1}) {
+		if err != nil {
+			return 0, err
+		}
+		if w.begin == undecided {
+			return 0, fmt.Errorf("%w: it is new, and the log holds events for it (the first is %q at position %d): say .FromStart() on its definition to handle them, or .FromNow() to leave them alone", ErrUndecided, r.Type, r.Position)
+		}
+		data, err := encodeRegistration(head)
+		if err != nil {
+			return 0, err
+		}
+		_, err = w.env.store.Append(ctx, eventstore.Commit{
+			Events:     []eventstore.Event{{Stream: stream, Type: registrationType, Data: data, Time: w.env.clock.Now()}},
+			Conditions: []eventstore.Condition{eventstore.StreamAt(stream, eventstore.Revision{})},
+		})
+		return head, err
+	}
+	return 0, nil
+}
+
+// follow routes the log as it grows.
+func (w *runner) follow(ctx context.Context) error {
+	for {
+		w.mu.Lock()
+		q, after := w.behaviour.query(), w.position
+		w.mu.Unlock()
+		var failure error
+		for batch, err := range w.env.store.Subscribe(ctx, q, after) {
+			if err != nil {
+				failure = err
+				break
+			}
+			again, err := w.take(ctx, batch)
+			if err != nil {
+				return err
+			}
+			if again {
+				break
+			}
+		}
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case failure != nil && !eventstore.CanRetry(failure):
+			return fmt.Errorf("%s: follow the log: %w", w.name, failure)
+		case failure != nil:
+			w.logger.Warn("following the log was interrupted", "worker", w.name, "error", failure)
+			pause(ctx, leaseRetry)
+		}
+	}
+}
+
+func (w *runner) take(ctx context.Context, batch eventstore.Batch) (bool, error) {
+	again := false
+	w.mu.Lock()
+	through := batch.Through
+	for i := range batch.Events {
+		r := &batch.Events[i]
+		w.cause = r.Position
+		widened, err := w.behaviour.route(r)
+		if err != nil {
+			w.mu.Unlock()
+			return false, fmt.Errorf("%s: event %q at position %d: %w", w.name, r.Type, r.Position, err)
+		}
+		if widened {
+			through, again = r.Position, true
+			break
+		}
+	}
+	moved := through > w.position
+	w.position = max(w.position, through)
+	w.cause = w.position
+	switch {
+	case w.caught:
+		w.behaviour.settle()
+	case w.position >= w.target:
+		w.caught = true
+		w.behaviour.ready()
+	}
+	w.pump()
+	w.notify()
+	if moved {
+		poke(w.unstored)
+	}
+	crowded := len(w.queue) > 16*w.limit
+	w.mu.Unlock()
+	for crowded {
+		select {
+		case <-w.room:
+		case <-ctx.Done():
+			return false, nil
+		}
+		w.mu.Lock()
+		crowded = len(w.queue) > 8*w.limit
+		w.mu.Unlock()
+	}
+	return again, nil
+}
+
+// changed counts a change of the index; the lock is held.
+func (w *runner) changed() {
+	w.pending++
+	if w.pending == 1 {
+		poke(w.unstored)
+	}
+	if w.pending == flushEvery {
+		poke(w.full)
+	}
+}
+
+// submit queues a job; the lock is held.
+func (w *runner) submit(run func(ctx context.Context)) {
+	w.queue = append(w.queue, job{w.ledger.add(max(w.cause, w.position)), run})
+}
+
+// pump starts jobs while there is room; the lock is held.
+func (w *runner) pump() {
+	for !w.stopping && w.steps != nil && w.active < w.limit && len(w.queue) > 0 {
+		j := w.queue[0]
+		w.queue[0] = job{}
+		w.queue = w.queue[1:]
+		w.active++
+		go w.work(w.steps, j)
+	}
+	if len(w.queue) <= 8*w.limit {
+		poke(w.room)
+	}
+}
+
+func (w *runner) work(ctx context.Context, j job) {
+	j.run(ctx)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.active--
+	w.ledger.finish(j.entry)
+	w.pump()
+	w.notify()
+	if w.active == 0 && w.idle != nil {
+		close(w.idle)
+		w.idle = nil
+	}
+}
+
+// notify wakes who waits for what is done; the lock is held.
+func (w *runner) notify() {
+	if !w.caught {
+		return
+	}
+	kept := w.waiters[:0]
+	for _, wt := range w.waiters {
+		if w.settled(wt.through) {
+			close(wt.done)
+		} else {
+			kept = append(kept, wt)
+		}
+	}
+	clear(w.waiters[len(kept):])
+	w.waiters = kept
+}
+
+func (w *runner) settled(p eventstore.Position) bool {
+	return w.caught && w.position >= p && !w.ledger.before(p)
+}
+
+// WaitThrough implements worker.Worker.
+func (w *runner) WaitThrough(ctx context.Context, p eventstore.Position) error {
+	w.mu.Lock()
+	if w.failure != nil {
+		defer w.mu.Unlock()
+		return w.failure
+	}
+	if w.settled(p) {
+		w.mu.Unlock()
+		return nil
+	}
+	wt := &waiter{p, make(chan struct{})}
+	w.waiters = append(w.waiters, wt)
+	w.mu.Unlock()
+	select {
+	case <-wt.done:
+		return nil
+	case <-w.stopped:
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.failure
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// NextDue implements worker.Worker.
+func (w *runner) NextDue() (time.Time, bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.behaviour.due()
+}
+
+// Fire implements worker.Worker.
+func (w *runner) Fire(_ context.Context, now time.Time) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.failure != nil {
+		return w.failure
+	}
+	w.behaviour.fire(now)
+	w.pump()
+	return nil
+}
+
+// fireLoop fires by the engine's clock.
+func (w *runner) fireLoop(ctx context.Context) error {
+	for {
+		w.mu.Lock()
+		at, some := w.behaviour.due()
+		w.mu.Unlock()
+		var timer <-chan time.Time
+		stop := func() {}
+		if some {
+			timer, stop = w.env.clock.NewTimer(at)
+		}
+		select {
+		case <-timer:
+			if err := w.Fire(ctx, w.env.clock.Now()); err != nil {
+				return nil
+			}
+		case <-w.rearm:
+		case <-ctx.Done():
+		}
+		stop()
+		if ctx.Err() != nil {
+			return nil
+		}
+	}
+}
+
+// flushLoop stores the index: when much has changed, or a while after
+// anything has.
+func (w *runner) flushLoop(ctx context.Context) error {
+	for {
+		select {
+		case <-w.unstored:
+		case <-ctx.Done():
+			return nil
+		}
+		t := time.NewTimer(flushInterval)
+		select {
+		case <-t.C:
+		case <-w.full:
+		case <-ctx.Done():
+			t.Stop()
+			return nil
+		}
+		t.Stop()
+		if err := w.flush(ctx); err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			if errors.Is(err, projection.ErrFenced) || errors.Is(err, eventstore.ErrClosed) {
+				return err
+			}
+			w.logger.Warn("the index could not be stored; it is tried again", "worker", w.name, "error", err)
+			pause(ctx, flushInterval)
+			poke(w.unstored)
+		}
+	}
+}
+
+// flush stores the index and the checkpoint in one transaction.
+func (w *runner) flush(ctx context.Context) error {
+	select {
+	case w.flushing <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-w.flushing }()
+	w.mu.Lock()
+	from, to := w.checkpoint, projection.Checkpoint{Log: w.logID, Position: w.position}
+	lease := w.lease
+	ch := w.behaviour.changes()
+	w.pending = 0
+	w.mu.Unlock()
+	if ch.count == 0 && to.Position == from.Position {
+		return nil
+	}
+	err := w.state.Update(ctx, func(tx projection.StateTx) error {
+		if ch.count > 0 {
+			if err := ch.write(tx); err != nil {
+				return err
+			}
+		}
+		return tx.SetCheckpoint(lease, from, to)
+	})
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if err != nil {
+		ch.undo()
+		return fmt.Errorf("%s: store the index: %w", w.name, err)
+	}
+	w.checkpoint = to
+	return nil
+}
+
+// renewLoop keeps the lease, where leases end by time.
+func (w *runner) renewLoop(ctx context.Context) error {
+	if w.ttl <= 0 {
+		return nil
+	}
+	for pause(ctx, w.ttl/3) {
+		w.mu.Lock()
+		lease := w.lease
+		w.mu.Unlock()
+		renewed, err := w.state.Renew(ctx, lease, w.ttl)
+		switch {
+		case err == nil:
+			w.mu.Lock()
+			w.lease = renewed
+			w.mu.Unlock()
+		case errors.Is(err, projection.ErrFenced):
+			return fmt.Errorf("%s: %w", w.name, err)
+		case ctx.Err() == nil:
+			w.logger.Warn("the lease could not be renewed; it is tried again", "worker", w.name, "error", err)
+		}
+	}
+	return nil
+}
+
+// fenced reports whether another owner has taken over, and then stops.
+func (w *runner) fenced(ctx context.Context) bool {
+	w.mu.Lock()
+	lease := w.lease
+	w.mu.Unlock()
+	err := w.state.Update(ctx, func(tx projection.StateTx) error { return tx.Fence(lease) })
+	if errors.Is(err, projection.ErrFenced) {
+		w.fail(fmt.Errorf("%s: %w", w.name, err))
+		return true
+	}
+	return false
+}
+
+// fail stops the worker for good.
+func (w *runner) fail(err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.failure == nil && !w.stopping {
+		w.failure = err
+	}
+	if w.cancel != nil {
+		w.cancel()
+	}
+}
+
+// drain lets the jobs that run end by themselves for a while, then cancels
+// their contexts, and at last leaves them behind: they can no longer do harm,
+// since what they would record is checked against the history.
+func (w *runner) drain(cancelSteps context.CancelCauseFunc) {
+	w.mu.Lock()
+	w.stopping = true
+	w.queue = nil
+	idle := make(chan struct{})
+	if w.active == 0 {
+		close(idle)
+	} else {
+		w.idle = idle
+	}
+	w.mu.Unlock()
+	for i := range 2 {
+		t := time.NewTimer(w.grace)
+		select {
+		case <-idle:
+			t.Stop()
+			return
+		case <-t.C:
+		}
+		if i == 0 {
+			cancelSteps(ErrStopped)
+		}
+	}
+	w.mu.Lock()
+	left := w.behaviour.describe()
+	w.mu.Unlock()
+	w.logger.Error("stopped while steps were running that ignore their context; they will run again", "worker", w.name, "running", left)
+}

@@ -1,0 +1,189 @@
+package saga
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	jsonv1 "github.com/go-json-experiment/json/v1"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/worker"
+)
+
+// Process is what an [Engine] runs: a saga's [Definition] or a [Reaction].
+type Process interface {
+	// Name is unique among the sagas, and among the reactions, of an engine.
+	Name() string
+	// Err returns the mistakes in the definition, joined.
+	Err() error
+
+	build(e *Engine) (worker.Worker, error)
+	kind() string
+}
+
+// beginning says where a new process begins in a log that has events for it.
+type beginning uint8
+
+const (
+	undecided beginning = iota
+	fromStart
+	fromNow
+)
+
+// trigger starts runs on events of one type.
+type trigger struct {
+	eventType string
+	start     func(enc *eventstore.Encoding, r eventstore.Recorded) (id string, in json.RawMessage, err error)
+}
+
+// blueprint is a definition without its types.
+type blueprint struct {
+	name      string
+	code      func(*Run, json.RawMessage) (json.RawMessage, error)
+	triggers  []trigger
+	beginning beginning
+	mistakes  []error
+}
+
+func (b *blueprint) stream(id string) eventstore.Stream {
+	return eventstore.Stream{Category: category(b.name), ID: id}
+}
+
+func category(name string) string { return "saga." + name }
+
+// Definition is a saga: a function from In to Out whose effects are durable
+// steps. Make it with [Define], once, as a package variable. It is immutable
+// and safe for concurrent use.
+type Definition[In, Out any] struct {
+	blueprint
+}
+
+// Option is one more thing that a saga's definition says: [On].
+type Option[In any] struct {
+	add func(*blueprint)
+}
+
+// Define returns the definition of a saga. The name (ASCII letters, digits,
+// '.' and '_', beginning with a letter) is part of the stored contract, as is
+// the JSON form of In and Out. Mistakes are kept, and returned by Err and by
+// [Engine.Add].
+//
+// The function is run again from its history whenever the run goes on, so it
+// must do the same again: nothing but what it is given and what its steps
+// return may decide what it asks for. The time (use [Run.Now]), random numbers,
+// the order of a map, goroutines, and I/O outside of steps are the things to
+// avoid.
+func Define[In, Out any](name string, run func(*Run, In) (Out, error), options ...Option[In]) *Definition[In, Out] {
+	d := &Definition[In, Out]{blueprint: blueprint{name: name}}
+	if err := eventstore.ValidateCategory(category(name)); name == "" || err != nil {
+		d.mistakes = append(d.mistakes, fmt.Errorf("%w: saga name %q: use ASCII letters, digits, '.' and '_'", eventstore.ErrInvalid, name))
+	}
+	if run == nil {
+		d.mistakes = append(d.mistakes, fmt.Errorf("%w: saga %q has no function", eventstore.ErrInvalid, name))
+	}
+	d.code = func(r *Run, raw json.RawMessage) (json.RawMessage, error) {
+		var in In
+		if err := jsonv1.Unmarshal(raw, &in); err != nil {
+			r.block(causeMismatch, nil, "the input does not decode into %T: %v", in, err)
+		}
+		out, err := run(r, in)
+		if err != nil {
+			return nil, err
+		}
+		result, err := encode(out)
+		if err != nil {
+			r.block(causeCode, nil, "the result cannot be stored: %v", err)
+		}
+		return result, nil
+	}
+	for _, option := range options {
+		option.add(&d.blueprint)
+	}
+	return d
+}
+
+// On starts a run at each event of type E, once, with the id and the input
+// that start makes of it; the id "" starts none. When there is a run of that id
+// already, nothing happens. Start must be pure: it may be called again for the
+// same event, and must then say the same.
+func On[E Event, In any](start func(e E, r eventstore.Recorded) (id string, in In)) Option[In] {
+	return Option[In]{add: func(b *blueprint) {
+		name, err := eventTypeOf[E]()
+		if err != nil {
+			b.mistakes = append(b.mistakes, fmt.Errorf("saga %q: %w", b.name, err))
+			return
+		}
+		if slices.ContainsFunc(b.triggers, func(t trigger) bool { return t.eventType == name }) {
+			b.mistakes = append(b.mistakes, fmt.Errorf("%w: saga %q has two starts on %q", eventstore.ErrInvalid, b.name, name))
+			return
+		}
+		b.triggers = append(b.triggers, trigger{name, func(enc *eventstore.Encoding, r eventstore.Recorded) (id string, in json.RawMessage, err error) {
+			e, err := decodeEvent[E](enc, r)
+			if err != nil {
+				return "", nil, err
+			}
+			defer func() {
+				if p := recover(); p != nil {
+					err = fmt.Errorf("the start function panicked: %v", p)
+				}
+			}()
+			id, value := start(e, r)
+			if id == "" {
+				return "", nil, nil
+			}
+			in, err = encode(value)
+			return id, in, err
+		}})
+	}}
+}
+
+// Name returns the saga's name.
+func (d *Definition[In, Out]) Name() string { return d.name }
+
+// Err returns the mistakes in the definition, joined.
+func (d *Definition[In, Out]) Err() error { return errors.Join(d.mistakes...) }
+
+// FromStart returns the definition, decided about the past: when the saga is
+// new and the log holds events that start it, it starts a run for each of them.
+func (d *Definition[In, Out]) FromStart() *Definition[In, Out] { return d.begin(fromStart) }
+
+// FromNow returns the definition, decided about the past: when the saga is new,
+// events that are in the log start no run. The decision is recorded in the log
+// and stays.
+func (d *Definition[In, Out]) FromNow() *Definition[In, Out] { return d.begin(fromNow) }
+
+func (d *Definition[In, Out]) begin(b beginning) *Definition[In, Out] {
+	changed := *d
+	changed.beginning = b
+	return &changed
+}
+
+func (d *Definition[In, Out]) kind() string { return "saga" }
+
+func (d *Definition[In, Out]) build(e *Engine) (worker.Worker, error) {
+	return newSagaWorker(e, &d.blueprint)
+}
+
+// Replay runs the function against a recorded history, from the store or from
+// a file, without doing anything: what is not recorded ends the replay. It
+// returns a [*BlockedError] when the code does not fit the history; in a test
+// it tells, before a deployment, whether runs in flight will go on.
+func (d *Definition[In, Out]) Replay(ctx context.Context, events []eventstore.Recorded, enc *eventstore.Encoding) error {
+	if len(events) == 0 {
+		return nil
+	}
+	h := &history{}
+	for i := range events {
+		if err := h.add(&events[i]); err != nil {
+			return err
+		}
+	}
+	r := &Run{saga: d.name, stream: events[0].Stream, ctx: ctx, code: d.code, h: h, replay: enc}
+	if o := r.execute(); o.kind == blocked && o.cause != causeCompensation {
+		return &BlockedError{Saga: d.name, ID: r.stream.ID, Reason: o.reason}
+	}
+	return nil
+}
