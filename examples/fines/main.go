@@ -1,0 +1,167 @@
+// Fines replays the event log of a traffic police on deed: every fine is an
+// aggregate, every row of the log a command, the sixty days until a penalty
+// may be added a saga with a durable timer, and the report is read from
+// projections. Time is the log's own: the clock advances from date to date.
+//
+// Without arguments it replays a small real sample on a fresh file:
+//
+//	go run ./examples/fines
+//	go run ./examples/fines -input fines.csv.gz -db fines.db -chart fines.svg
+//
+// Interrupted or killed and started again with the same -db, it continues and
+// ends with the same report.
+//
+// Where to look: fine.go (aggregate and commands), penalty.go (saga),
+// views.go (projections), query.go (report), replay.go (how rows are executed
+// and how a run is taken up again).
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"runtime/pprof"
+	"syscall"
+	"time"
+
+	"github.com/mattn/go-isatty"
+
+	"github.com/deed-go/deed/eventstore/sqlite"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the program at once
+	os.Exit(program(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+type options struct {
+	input, db, chart, profile string
+	json                      bool
+}
+
+// program is main with everything it touches handed in; it returns the exit
+// code.
+func program(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	var o options
+	flags := flag.NewFlagSet("fines", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.StringVar(&o.input, "input", "", "the log to replay: a `FILE` .csv or .csv.gz (default: the sample that comes with the program)")
+	flags.StringVar(&o.db, "db", "", "the database `FILE`; an interrupted replay is continued (default: a temporary file)")
+	flags.BoolVar(&o.json, "json", false, "print the report as JSON")
+	flags.StringVar(&o.chart, "chart", "", "draw issued, paid and outstanding by month as an SVG `FILE`")
+	flags.StringVar(&o.profile, "cpuprofile", "", "write a CPU profile to `FILE`")
+	flags.Usage = func() {
+		fmt.Fprint(stderr, "fines replays a log of traffic fines and prints what became of them.\n\n")
+		flags.PrintDefaults()
+	}
+	if err := flags.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			return 0
+		}
+		return 2
+	}
+	if flags.NArg() > 0 {
+		fmt.Fprintf(stderr, "fines: unexpected argument %q: see -help\n", flags.Arg(0))
+		return 2
+	}
+	err := run(ctx, o, stdout, stderr)
+	if errors.Is(err, errInterrupted) {
+		return 130
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "fines: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
+	began := time.Now()
+	if o.profile != "" {
+		file, err := os.Create(o.profile)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		if err := pprof.StartCPUProfile(file); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
+	}
+	log, err := openInput(o.input)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+
+	db := o.db
+	if db == "" {
+		dir, err := os.MkdirTemp("", "fines-")
+		if err != nil {
+			return err
+		}
+		db = filepath.Join(dir, "fines.db")
+		defer func() {
+			if !errors.Is(err, errInterrupted) {
+				os.RemoveAll(dir)
+			}
+		}()
+	}
+	working := context.WithoutCancel(ctx) // ctx asks to stop reading, not to drop what is in hand
+	store, err := sqlite.Open(working, db)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	app, err := start(working, store)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		// What is in flight gets some time; the rest is done after the next start.
+		grace, cancel := context.WithTimeout(working, 10*time.Second)
+		defer cancel()
+		err = errors.Join(err, app.Stop(grace))
+	}()
+
+	screen := newScreen(stderr, began)
+	end, err := replay(ctx, app, inputTitle(o.input), log, screen.show)
+	screen.clear()
+	if errors.Is(err, errInterrupted) {
+		again := "-db " + db
+		if o.input != "" {
+			again += " -input " + o.input
+		}
+		fmt.Fprintf(stderr, "interrupted after %s; continue with: %s\n", screen.last, again)
+	}
+	if err != nil {
+		return err
+	}
+
+	if o.chart != "" {
+		if err := draw(working, app, end, o.chart); err != nil {
+			return err
+		}
+	}
+	result, err := report(working, app, end)
+	if err != nil {
+		return err
+	}
+	result.ElapsedSeconds = time.Since(began).Seconds()
+	result.Store = "sqlite"
+	if o.json {
+		return result.WriteJSON(stdout)
+	}
+	return result.WriteText(stdout)
+}
+
+func isTerminal(w io.Writer) bool {
+	file, ok := w.(*os.File)
+	return ok && isatty.IsTerminal(file.Fd())
+}

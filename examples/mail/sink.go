@@ -1,0 +1,94 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/mail"
+	"net/url"
+	"os"
+	"path/filepath"
+
+	"github.com/emersion/go-smtp"
+)
+
+// sink is a small SMTP server: it takes every mail and keeps it as a file in
+// a folder, named by its Message-ID, so that one sent twice is there once.
+type sink struct {
+	Port   int
+	server *smtp.Server
+	served chan error
+}
+
+// startSink serves on a free port of the loopback interface until Close.
+func startSink(folder string, out io.Writer) (*sink, error) {
+	if err := os.MkdirAll(folder, 0o755); err != nil {
+		return nil, err
+	}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	server := smtp.NewServer(smtp.BackendFunc(func(*smtp.Conn) (smtp.Session, error) {
+		return &session{folder: folder, out: out}, nil
+	}))
+	server.Domain = "localhost"
+	s := &sink{Port: listener.Addr().(*net.TCPAddr).Port, server: server, served: make(chan error, 1)}
+	go func() { s.served <- server.Serve(listener) }()
+	return s, nil
+}
+
+// Close stops the server.
+func (s *sink) Close() error {
+	err := s.server.Close()
+	if served := <-s.served; !errors.Is(served, smtp.ErrServerClosed) {
+		err = errors.Join(err, served)
+	}
+	return err
+}
+
+// session is one connection of a client.
+type session struct {
+	folder string
+	out    io.Writer
+	to     []string
+}
+
+func (s *session) Mail(string, *smtp.MailOptions) error { return nil }
+
+func (s *session) Rcpt(to string, _ *smtp.RcptOptions) error {
+	s.to = append(s.to, to)
+	return nil
+}
+
+// Data keeps the mail; when it returns nil, the client may forget it.
+func (s *session) Data(r io.Reader) error {
+	data, err := io.ReadAll(r)
+	if err != nil {
+		return err
+	}
+	message, err := mail.ReadMessage(bytes.NewReader(data))
+	if err != nil {
+		return err
+	}
+	id := message.Header.Get("Message-ID")
+	file, err := os.OpenFile(filepath.Join(s.folder, url.QueryEscape(id)+".eml"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if errors.Is(err, os.ErrExist) {
+		fmt.Fprintf(s.out, "mailbox: the mail %s is here already\n", id)
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(data)
+	if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
+		return err
+	}
+	fmt.Fprintf(s.out, "mailbox: got %q for %s, %s\n", message.Header.Get("Subject"), s.to, id)
+	return nil
+}
+
+func (s *session) Reset()        { s.to = nil }
+func (s *session) Logout() error { return nil }
