@@ -261,7 +261,7 @@ func stopAtRandomPoints(t *testing.T, store backend, seed uint64) {
 	}
 	options := func() projection.Options {
 		return projection.Options{
-			Owner: "node", BatchEvents: 1 + random.IntN(40), CachedRows: 1 + random.IntN(20), CheckpointEvery: 1 + random.IntN(20),
+			Owner: "node", BatchEvents: 1 + random.IntN(40), CacheBytes: 1 + random.IntN(8000), CheckpointEvery: 1 + random.IntN(20),
 			RetryAfter: time.Nanosecond, RetryAtMost: time.Nanosecond,
 		}
 	}

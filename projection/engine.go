@@ -51,8 +51,9 @@ type Options struct {
 	// projection its checkpoint is written nevertheless; a restart reads at most
 	// that many again. Defaults to 4096.
 	CheckpointEvery int
-	// CachedRows is about how many rows each view keeps decoded. Defaults to 16384.
-	CachedRows int
+	// CacheBytes bounds, roughly, what each view keeps of decoded rows, measured by
+	// their stored size. Defaults to 32 MiB.
+	CacheBytes int
 
 	// Attempts is how often an event is tried before it goes to the dead letters.
 	// Defaults to 5.
@@ -75,7 +76,7 @@ func (o Options) withDefaults() Options {
 	o.SQLEvents = positiveOr(o.SQLEvents, 256)
 	o.SQLTime = positiveOr(o.SQLTime, 10*time.Millisecond)
 	o.CheckpointEvery = positiveOr(o.CheckpointEvery, 4096)
-	o.CachedRows = positiveOr(o.CachedRows, 16384)
+	o.CacheBytes = positiveOr(o.CacheBytes, 32<<20)
 	o.Attempts = positiveOr(o.Attempts, 5)
 	o.RetryAfter = positiveOr(o.RetryAfter, 100*time.Millisecond)
 	o.RetryAtMost = positiveOr(o.RetryAtMost, 30*time.Second)

@@ -18,7 +18,7 @@ func (v *ViewDefinition[R]) open(state State, o *Options) folder {
 		state: state,
 		enc:   o.Encoding,
 		kinds: map[string]*viewHandler[R]{},
-		rows:  newRowCache[cachedRow[R]](o.CachedRows),
+		rows:  newRowCache[R](o.CacheBytes),
 	}
 }
 
@@ -31,21 +31,21 @@ type viewFolder[R any] struct {
 	view  *ViewDefinition[R]
 	state State
 	enc   *eventstore.Encoding
-	rows  *rowCache[cachedRow[R]]
+	rows  *rowCache[R]
 	// kinds finds the handler of a stored type; used by apply alone.
-	kinds   map[string]*viewHandler[R]
+	kinds map[string]*viewHandler[R]
+
+	// What follows belongs to one apply; it is kept for its memory.
+	touches []touch[R]
+	missing []*cachedRow[R]
 	changed []*cachedRow[R]
-	keys    []string
-	missing []string
 }
 
-// cachedRow is what the state holds under a key, plus what apply is about to write.
-type cachedRow[R any] struct {
-	key     string
-	row     *R // nil: no such row
-	changed bool
-	by      int    // index of the item that changed it last
-	encoded []byte // what to write; nil deletes
+// touch is an event's turn on one row.
+type touch[R any] struct {
+	item    int
+	handler *viewHandler[R]
+	row     *cachedRow[R]
 }
 
 func (f *viewFolder[R]) handler(storedType string) (*viewHandler[R], bool) {
@@ -73,7 +73,6 @@ func (f *viewFolder[R]) setup(context.Context, StateTx) error { return nil }
 
 func (f *viewFolder[R]) forget() {
 	f.rows.forget()
-	f.changed = f.changed[:0]
 }
 
 func (f *viewFolder[R]) fresh() { f.rows.startEmpty() }
@@ -86,27 +85,14 @@ func (f *viewFolder[R]) apply(ctx context.Context, items []item, seal func(tx St
 	if err := f.load(ctx, items); err != nil {
 		return 0, err
 	}
-	for i := range items {
-		if items[i].parked {
-			continue
-		}
-		if err := f.fold(i, &items[i]); err != nil {
-			return 0, &handlerError{index: i, cause: err}
-		}
+	if err := f.fold(items); err != nil {
+		return 0, err
 	}
-	for _, c := range f.changed {
-		c.encoded = nil
-		if c.row == nil {
-			continue
-		}
-		data, err := guard(func() ([]byte, error) { return jsonv1.Marshal(c.row) })
-		if err != nil {
-			return 0, &handlerError{index: c.by, cause: fmt.Errorf("row %q of view %q does not encode: %w", c.key, f.view.name, err)}
-		}
-		c.encoded = data
+	if err := f.encode(); err != nil {
+		return 0, err
 	}
 	table := f.view.table()
-	err := f.state.Update(ctx, func(tx StateTx) error {
+	if err := f.state.Update(ctx, func(tx StateTx) error {
 		if err := seal(tx, len(items)); err != nil {
 			return err
 		}
@@ -122,120 +108,120 @@ func (f *viewFolder[R]) apply(ctx context.Context, items []item, seal func(tx St
 			}
 		}
 		return nil
-	})
-	if err != nil {
+	}); err != nil {
 		return 0, err
 	}
 	for _, c := range f.changed {
+		f.rows.resize(c, len(c.encoded))
 		c.changed, c.encoded = false, nil
 	}
-	clear(f.changed)
-	f.changed = f.changed[:0]
 	f.rows.age()
 	return len(items), nil
 }
 
-// load reads the rows that the items touch and the cache does not know.
+// load finds the rows that the items touch, and reads those that the cache
+// does not know.
 func (f *viewFolder[R]) load(ctx context.Context, items []item) error {
-	f.missing = f.missing[:0]
+	clear(f.touches)
+	clear(f.missing)
+	clear(f.changed)
+	f.touches, f.missing, f.changed = f.touches[:0], f.missing[:0], f.changed[:0]
 	for i := range items {
-		if items[i].parked {
+		it := &items[i]
+		if it.parked {
 			continue
 		}
-		h, ok := f.kindOf(items[i].event.Type)
-		if !ok {
-			continue
-		}
-		if h.keys == nil {
-			f.want(items[i].event.Stream.ID)
-		}
-		for _, key := range items[i].keys {
-			f.want(key)
+		h, ok := f.kindOf(it.event.Type)
+		switch {
+		case !ok:
+		case it.problem != nil:
+			f.touches = append(f.touches, touch[R]{item: i})
+		case h.keys == nil:
+			f.touch(i, h, it.event.Stream.ID)
+		default:
+			for k, key := range it.keys {
+				if !slices.Contains(it.keys[:k], key) {
+					f.touch(i, h, key)
+				}
+			}
 		}
 	}
-	if len(f.missing) == 0 {
-		return nil
-	}
-	if f.rows.complete {
-		for _, key := range f.missing {
-			f.rows.put(key, &cachedRow[R]{key: key})
-		}
+	if len(f.missing) == 0 || f.rows.complete {
 		return nil
 	}
 	table := f.view.table()
 	return f.state.View(ctx, func(tx StateTx) error {
-		for _, key := range f.missing {
-			if f.rows.get(key) != nil {
-				continue
-			}
-			data, ok, err := tx.Get(table, key)
+		for _, c := range f.missing {
+			data, ok, err := tx.Get(table, c.key)
 			if err != nil {
 				return err
 			}
-			c := &cachedRow[R]{key: key}
-			if ok {
-				c.row = new(R)
-				if err := f.view.decodeRow(key, data, c.row); err != nil {
-					return err
-				}
+			if !ok {
+				continue
 			}
-			f.rows.put(key, c)
+			c.row = new(R)
+			if err := f.view.decodeRow(c.key, data, c.row); err != nil {
+				return err
+			}
+			f.rows.resize(c, len(data))
 		}
 		return nil
 	})
 }
 
-func (f *viewFolder[R]) want(key string) {
-	if f.rows.get(key) == nil {
-		f.missing = append(f.missing, key)
+func (f *viewFolder[R]) touch(item int, h *viewHandler[R], key string) {
+	row := f.rows.get(key)
+	if row == nil {
+		row = f.rows.add(key)
+		f.missing = append(f.missing, row)
 	}
+	f.touches = append(f.touches, touch[R]{item: item, handler: h, row: row})
 }
 
 // kindOf is handler for the goroutine that applies: it remembers its answers.
 func (f *viewFolder[R]) kindOf(storedType string) (*viewHandler[R], bool) {
 	h, known := f.kinds[storedType]
 	if !known {
-		found, ok := f.handler(storedType)
-		if ok {
-			h = found
-		}
+		h, _ = f.handler(storedType)
 		f.kinds[storedType] = h
 	}
 	return h, h != nil
 }
 
-func (f *viewFolder[R]) fold(i int, it *item) error {
-	if it.problem != nil {
-		return it.problem
-	}
-	h, ok := f.kindOf(it.event.Type)
-	if !ok {
-		return nil
-	}
-	if h.keys == nil {
-		f.keys = append(f.keys[:0], it.event.Stream.ID)
-	} else {
-		f.keys = append(f.keys[:0], it.keys...)
-	}
-	for k, key := range f.keys {
-		if len(f.keys) > 1 && slices.Contains(f.keys[:k], key) {
-			continue
+func (f *viewFolder[R]) fold(items []item) error {
+	for i := range f.touches {
+		t := &f.touches[i]
+		it, c := &items[t.item], t.row
+		if it.problem != nil {
+			return &handlerError{index: t.item, cause: it.problem}
 		}
-		c := f.rows.get(key)
-		c.by = i
+		c.by = t.item
 		if !c.changed {
 			c.changed = true
 			f.changed = append(f.changed, c)
 		}
-		if h.remove {
+		if t.handler.remove {
 			c.row = nil
 			continue
 		}
 		if c.row == nil {
 			c.row = new(R)
 		}
-		if err := f.call(h, c.row, key, it); err != nil {
-			return err
+		if err := f.call(t.handler, c.row, c.key, it); err != nil {
+			return &handlerError{index: t.item, cause: err}
+		}
+	}
+	return nil
+}
+
+func (f *viewFolder[R]) encode() error {
+	for _, c := range f.changed {
+		if c.row == nil {
+			continue
+		}
+		var err error
+		if c.encoded, err = guard(func() ([]byte, error) { return jsonv1.Marshal(c.row) }); err != nil {
+			return &handlerError{index: c.by, cause: fmt.Errorf("row %q of view %q does not encode: %w", c.key, f.view.name, err)}
 		}
 	}
 	return nil
