@@ -71,7 +71,8 @@ var concurrencyChecks = []check{
 						if len(seen) > 0 {
 							at = seen[len(seen)-1].Revision()
 						}
-						_, err = store.Append(ctx, eventstore.Commit{Events: events(hot, 1), Conditions: []eventstore.Condition{eventstore.StreamAt(hot, at)}})
+						decided := event(hot, fmt.Sprint("counted to ", len(seen)+1))
+						_, err = store.Append(ctx, eventstore.Commit{Events: []eventstore.Event{decided}, Conditions: []eventstore.Condition{eventstore.StreamAt(hot, at)}})
 						if err == nil {
 							break
 						}
@@ -93,6 +94,7 @@ var concurrencyChecks = []check{
 			require.Len(t, got, writers*each, "every successful append is there, once")
 			for i, r := range got {
 				require.Equal(t, uint64(i+1), r.Version)
+				require.Equal(t, fmt.Sprint("counted to ", i+1), r.Type, "an event was decided on a state that another writer had already changed")
 			}
 			everything := mustRead(t, ctx, store, eventstore.All(), eventstore.ReadOptions{})
 			require.Len(t, everything, 2*writers*each)
