@@ -54,6 +54,9 @@ func newRunner(e *Engine, p Projection) *runner {
 // Name implements worker.Worker.
 func (r *runner) Name() string { return "projection " + r.projection.Name() }
 
+// Ready implements worker.Worker.
+func (r *runner) Ready(ctx context.Context) error { return r.progress.wait(ctx, 0, true) }
+
 // WaitThrough implements worker.Worker.
 func (r *runner) WaitThrough(ctx context.Context, p eventstore.Position) error {
 	return r.progress.wait(ctx, p, true)

@@ -119,6 +119,7 @@ type runner struct {
 	unstored chan struct{}
 	full     chan struct{}
 	room     chan struct{}
+	opened   chan struct{} // closed when Run knows where it begins
 	stopped  chan struct{} // closed when Run has returned
 
 	mu         sync.Mutex
@@ -147,7 +148,7 @@ func newRunner(e *Engine, name string, begin beginning) runner {
 		name: name, begin: begin, env: &e.env, state: e.state,
 		owner: e.options.Owner, ttl: e.options.LeaseTTL, grace: e.options.Grace, limit: e.options.Concurrency, logger: e.env.logger,
 		flushing: make(chan struct{}, 1), rearm: make(chan struct{}, 1), unstored: make(chan struct{}, 1),
-		full: make(chan struct{}, 1), room: make(chan struct{}, 1), stopped: make(chan struct{}),
+		full: make(chan struct{}, 1), room: make(chan struct{}, 1), opened: make(chan struct{}), stopped: make(chan struct{}),
 	}
 }
 
@@ -161,6 +162,20 @@ func poke(c chan struct{}) {
 
 // Name implements worker.Worker.
 func (w *runner) Name() string { return w.name }
+
+// Ready implements worker.Worker.
+func (w *runner) Ready(ctx context.Context) error {
+	select {
+	case <-w.opened:
+		return nil
+	case <-w.stopped:
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.failure
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
 
 // Run implements worker.Worker. A worker runs once.
 func (w *runner) Run(ctx context.Context) error {
@@ -198,6 +213,8 @@ func (w *runner) run(ctx context.Context) error {
 		}
 		return err
 	}
+
+	close(w.opened)
 
 	following, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -237,6 +254,19 @@ func (w *runner) run(ctx context.Context) error {
 		return err
 	}
 	return nil
+}
+
+// prepare decides where a new process begins.
+func (w *runner) prepare(ctx context.Context) error {
+	lease, err := w.state.Acquire(ctx, w.name, w.owner, w.ttl)
+	if errors.Is(err, projection.ErrLeaseHeld) {
+		return nil // another engine is at it, and has decided
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", w.name, err)
+	}
+	defer func() { _ = w.state.Release(context.WithoutCancel(ctx), lease) }()
+	return w.open(ctx, lease)
 }
 
 // acquire waits for the lease.
@@ -297,6 +327,7 @@ func (w *runner) open(ctx context.Context, lease projection.Lease) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", w.name, err)
 		}
+		// Stored at once: events of tomorrow must not look like the past.
 		first := projection.Checkpoint{Log: logID, Position: from}
 		if err := w.state.Update(ctx, func(tx projection.StateTx) error { return tx.SetCheckpoint(lease, checkpoint, first) }); err != nil {
 			return fmt.Errorf("%s: %w", w.name, err)

@@ -16,6 +16,9 @@ type Worker interface {
 	// Run works until ctx ends and then returns nil, after what was in flight is
 	// finished or safely abandoned; or it returns the error that stopped it for good.
 	Run(ctx context.Context) error
+	// Ready returns nil when Run has found its place in the log: events appended
+	// from now on are new to it. It returns the error when Run failed instead.
+	Ready(ctx context.Context) error
 	// WaitThrough returns nil when everything that the events up to p cause has
 	// been done, or waits for a later due time. It returns an error when the worker
 	// cannot get there: it has stopped, or is blocked for good.
