@@ -3,6 +3,8 @@ package aggregate
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -27,6 +29,8 @@ type activation[S any] struct {
 	queue []*call[S]
 	wake  chan struct{} // has capacity 1; made for each busy time
 
+	calls atomic.Uint64 // how many there have been
+
 	// The rest belongs to the goroutine.
 	loaded  bool // state, tip and durable are those of the log
 	state   S
@@ -39,6 +43,9 @@ type activation[S any] struct {
 	todo    []*call[S] // to decide, in order
 	entries []*call[S] // decided, in order
 	keys    map[string]*call[S]
+	// fresh is the number of the last call for which durable is known to be no
+	// older than the call: other processes write, too.
+	fresh uint64
 }
 
 func (a *activation[S]) name() string { return a.stream.String() }
@@ -158,11 +165,13 @@ func dropFirst[T any](line []*T) []*T {
 }
 
 func (a *activation[S]) load(c *call[S]) error {
+	fresh := a.calls.Load()
 	h, err := load(a.runtime.detach(c.ctx), a.runtime, a.def, a.stream)
 	if err != nil {
 		return err
 	}
 	a.loaded, a.state, a.tip, a.tipLast, a.durable = true, h.state, h.at.Version, h.last, h.at
+	a.fresh = fresh
 	if a.snapshotDue(0, uint64(h.replayed)) {
 		if state := a.picture(); state != nil {
 			a.keep(state, h.at, h.last)
@@ -174,7 +183,7 @@ func (a *activation[S]) load(c *call[S]) error {
 // repeat answers a call whose key is on its way like the first one.
 func (a *activation[S]) repeat(c, first *call[S]) {
 	if first.req.Fingerprint != c.req.Fingerprint {
-		c.kind, c.err = refusal, keyReused(c.req.Key)
+		c.kind, c.err = failure, keyReused(c.req.Key)
 	} else if c.kind, c.first = echo, first; !c.fly() {
 		return
 	}
@@ -186,10 +195,11 @@ func (a *activation[S]) decide(c *call[S]) {
 	events, err := a.ask(c, a.state)
 	switch {
 	case err != nil:
+		c.kind, c.err = refusal, err
 		if _, panicked := errors.AsType[*PanicError](err); panicked {
+			c.kind = failure
 			a.loaded = false // Decide may have left the state half-changed
 		}
-		c.kind, c.err = refusal, err
 	case len(events) == 0:
 		c.kind = nothing
 	case !c.fly():
@@ -197,9 +207,10 @@ func (a *activation[S]) decide(c *call[S]) {
 	default:
 		if err := a.prepare(c, events); err != nil {
 			c.land()
-			c.kind, c.err = refusal, err
+			c.kind, c.err = failure, err
 			break
 		}
+		c.verifies = a.calls.Load()
 		c.pending = a.runtime.enqueue(c.ctx, c.commit)
 		a.flying++
 		a.late = c.foldLate
@@ -234,7 +245,7 @@ func (a *activation[S]) prepare(c *call[S], events []Event) error {
 	for i := range encoded {
 		r := recorded(&encoded[i], from+uint64(i)+1)
 		if c.foldLate {
-			err = a.def.decodes(a.runtime.options.Encoding, &r)
+			_, err = a.def.Decode(a.runtime.options.Encoding, r)
 		} else if err = a.def.fold(a.runtime.options.Encoding, &a.state, &r); err != nil {
 			a.loaded = false // half-changed
 		}
@@ -267,10 +278,6 @@ func (a *activation[S]) encode(c *call[S], events []Event) (encoded []eventstore
 	return encoded, nil
 }
 
-func (d *Definition[S]) decodes(enc *eventstore.Encoding, r *eventstore.Recorded) error {
-	return d.handlers[r.Type].decode(enc, r)
-}
-
 // settle answers what can be answered, from the front, without waiting.
 func (a *activation[S]) settle() bool {
 	settled := false
@@ -286,10 +293,18 @@ func (a *activation[S]) settle() bool {
 		settled = true
 		a.entries = dropFirst(a.entries)
 		switch c.kind {
-		case refusal:
-			c.answer(eventstore.Receipt{}, c.err, true)
-		case nothing:
-			c.answer(a.seen(), nil, true)
+		case refusal, nothing:
+			if current, err := a.isCurrent(c); err != nil {
+				c.answer(eventstore.Receipt{}, err, false)
+			} else if !current {
+				a.decideAgain([]*call[S]{c}, nil)
+			} else if c.kind == nothing {
+				c.answer(a.seen(), nil, true)
+			} else {
+				c.answer(eventstore.Receipt{}, c.err, true)
+			}
+		case failure:
+			c.answer(eventstore.Receipt{}, c.err, false)
 		case echo:
 			receipt := c.first.receipt
 			receipt.Duplicate = true
@@ -311,6 +326,28 @@ func (a *activation[S]) settle() bool {
 	return settled
 }
 
+// isCurrent reports whether a decision that no condition of a commit will
+// check was made on everything that was written before its call. If a commit
+// that came after the call has not shown it yet, the log is asked.
+func (a *activation[S]) isCurrent(c *call[S]) (bool, error) {
+	if c.number <= a.fresh {
+		return true, nil
+	}
+	fresh := a.calls.Load()
+	o := eventstore.ReadOptions{After: a.durable.Position, Limit: 1}
+	for e, err := range a.runtime.store.Read(a.runtime.detach(c.ctx), eventstore.OneStream(a.stream), o) {
+		if err != nil {
+			return false, fmt.Errorf("look for news of %q: %w", a.stream, err)
+		}
+		ours := slices.ContainsFunc(a.entries, func(later *call[S]) bool { return later.kind == commit && later.commit.Events[0].ID == e.ID })
+		if !ours {
+			return false, nil
+		}
+	}
+	a.fresh = fresh
+	return true, nil
+}
+
 // seen is the receipt of a decision without events.
 func (a *activation[S]) seen() eventstore.Receipt {
 	r := eventstore.Receipt{Last: a.durable.Position}
@@ -323,6 +360,7 @@ func (a *activation[S]) seen() eventstore.Receipt {
 func (a *activation[S]) written(c *call[S], receipt eventstore.Receipt) {
 	from := a.durable.Version
 	a.durable = receipt.Revision(a.stream)
+	a.fresh = max(a.fresh, c.verifies)
 	a.depth = min(a.depth*2, a.runtime.options.PipelineDepth)
 	if a.durable.Version != c.version {
 		a.loaded = false // a store that checked no condition
@@ -368,6 +406,12 @@ func (a *activation[S]) failed(c *call[S], receipt eventstore.Receipt, err error
 	if len(again) == 0 {
 		c.answer(receipt, err, false)
 	}
+	a.decideAgain(again, err)
+}
+
+// decideAgain makes the calls, and then everything decided after them, decide
+// again on what is in the log. The error is that of the commit that failed.
+func (a *activation[S]) decideAgain(again []*call[S], err error) {
 	for _, later := range a.entries {
 		if later.kind == commit {
 			receipt, laterErr := a.runtime.result(later.pending)

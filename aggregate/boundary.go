@@ -66,7 +66,7 @@ func (a *activation[S]) tryBoundary(ctx context.Context, c *call[S]) (_ eventsto
 	}
 	for i := range encoded {
 		e := recorded(&encoded[i], 0)
-		if err := a.def.decodes(r.options.Encoding, &e); err != nil {
+		if _, err := a.def.Decode(r.options.Encoding, e); err != nil {
 			return fail(fmt.Errorf("event %d of the decision for %q was not written: %w", i, a.stream, err))
 		}
 	}

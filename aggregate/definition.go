@@ -43,7 +43,7 @@ type handler[S any] struct {
 	// only when it is durable.
 	durableOnly bool
 	apply       func(*eventstore.Encoding, *S, *eventstore.Recorded) error
-	decode      func(*eventstore.Encoding, *eventstore.Recorded) error
+	decode      func(*eventstore.Encoding, *eventstore.Recorded) (Event, error)
 }
 
 // Part is one thing a definition says: [On], [OnMeta], [SnapshotEvery] or
@@ -157,10 +157,7 @@ func on[S any, E Event](durableOnly bool, fold func(*S, E, *eventstore.Recorded)
 		fold(s, e, r)
 		return nil
 	}
-	h.decode = func(enc *eventstore.Encoding, r *eventstore.Recorded) error {
-		_, err := decode(enc, r)
-		return err
-	}
+	h.decode = func(enc *eventstore.Encoding, r *eventstore.Recorded) (Event, error) { return decode(enc, r) }
 	return Part[S]{func(d *Definition[S]) {
 		if known, ok := d.handlers[name]; ok {
 			d.mistake("two Ons are named %q: %s and %s: give each event type its own name", name, known.goType, h.goType)
@@ -246,16 +243,27 @@ func (d *Definition[S]) Apply(enc *eventstore.Encoding, state *S, r eventstore.R
 	return d.apply(enc, state, &r)
 }
 
+// Decode returns the recorded event as the Go type that its On takes. An event
+// without an On is an error that wraps [eventstore.ErrUnknownType].
+func (d *Definition[S]) Decode(enc *eventstore.Encoding, r eventstore.Recorded) (Event, error) {
+	h, err := d.handler(enc, &r)
+	if err != nil {
+		return nil, err
+	}
+	return h.decode(enc, &r)
+}
+
 func (d *Definition[S]) apply(enc *eventstore.Encoding, state *S, r *eventstore.Recorded) error {
-	h := d.handlers[r.Type]
-	if h == nil {
-		if h = d.handlers[enc.CurrentType(r.Type)]; h == nil {
-			return d.unknown(r)
-		}
+	h, err := d.handler(enc, r)
+	if err != nil {
+		return err
 	}
 	return h.apply(enc, state, r)
 }
 
-func (d *Definition[S]) unknown(r *eventstore.Recorded) error {
-	return &eventstore.DecodeError{Event: *r, Cause: fmt.Errorf("%w: aggregate %q has no On for it, and deciding on half of a history would be wrong: add aggregate.On, or eventstore.Rename if it has a new name", eventstore.ErrUnknownType, d.category)}
+func (d *Definition[S]) handler(enc *eventstore.Encoding, r *eventstore.Recorded) (*handler[S], error) {
+	if h := d.handlers[enc.CurrentType(r.Type)]; h != nil {
+		return h, nil
+	}
+	return nil, &eventstore.DecodeError{Event: *r, Cause: fmt.Errorf("%w: aggregate %q has no On for it, and deciding on half of a history would be wrong: add aggregate.On, or eventstore.Rename if it has a new name", eventstore.ErrUnknownType, d.category)}
 }

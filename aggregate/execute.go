@@ -20,6 +20,7 @@ type call[S any] struct {
 	done      chan outcome
 	phase     atomic.Int32
 	conflicts int
+	number    uint64 // in the order of the activation's calls
 
 	// What was decided; set and cleared by the activation.
 	kind     decision
@@ -29,6 +30,7 @@ type call[S any] struct {
 	version  uint64              // of the stream just after a commit
 	picture  []byte              // of the state just after a commit, when a snapshot is due
 	foldLate bool                // a commit whose folds want to know its positions
+	verifies uint64              // of a commit: the number of the last call that came before it was enqueued
 	first    *call[S]            // of an echo: the call whose key it shares
 	receipt  eventstore.Receipt  // once durable
 }
@@ -36,7 +38,8 @@ type call[S any] struct {
 type decision uint8
 
 const (
-	refusal decision = iota + 1 // an error
+	refusal decision = iota + 1 // an error of Decide
+	failure                     // any other error
 	nothing                     // no events
 	commit                      // events, on their way
 	echo                        // the same key as a commit on its way
@@ -66,7 +69,9 @@ type outcome struct {
 // [Options.Attempts] times.
 //
 // A decision without events writes nothing and returns a Receipt that names
-// the last event it was based on. An error of Decide is returned as it is.
+// the last event it was based on. An error of Decide is returned as it is. Both
+// are based on everything that had been written, by anybody, before Execute was
+// called, as a decision with events is.
 //
 // When ctx ends before the decision is on its way to the store nothing is
 // written and the error is ctx's; later it is [eventstore.ErrOutcomeUnknown],
@@ -164,7 +169,7 @@ func (c *call[S]) fly() bool { return c.phase.CompareAndSwap(waiting, flying) }
 // land takes fly back, to decide again.
 func (c *call[S]) land() {
 	c.phase.CompareAndSwap(flying, waiting)
-	c.kind, c.err, c.commit, c.pending, c.version, c.picture, c.foldLate, c.first = 0, nil, eventstore.Commit{}, nil, 0, nil, false, nil
+	c.kind, c.err, c.commit, c.pending, c.version, c.picture, c.foldLate, c.verifies, c.first = 0, nil, eventstore.Commit{}, nil, 0, nil, false, 0, nil
 }
 
 // left reports whether nobody waits for the call any more. It is not asked

@@ -213,6 +213,7 @@ func submit[S any](r *Runtime, def *Definition[S], c *call[S]) error {
 		r.busy[at] = a
 		go a.run()
 	}
+	c.number = a.calls.Add(1)
 	a.queue = append(a.queue, c)
 	select {
 	case a.wake <- struct{}{}:

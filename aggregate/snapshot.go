@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/alike"
 )
 
 // Snapshot is the state of an aggregate at a revision. It is only a hint: one
@@ -119,7 +120,7 @@ func throughJSON[S any](state *S) (data []byte, err error) {
 	if err := jsonv1.Unmarshal(data, &back); err != nil {
 		return nil, err
 	}
-	if !equal(reflect.ValueOf(state).Elem(), reflect.ValueOf(&back).Elem()) {
+	if !alike.Equal(*state, back) {
 		return nil, fmt.Errorf("%T is not the same after JSON", back)
 	}
 	return data, nil
@@ -171,63 +172,5 @@ func (r *Runtime) keepSnapshots() {
 				r.options.Logger.Warn("deed: a snapshot was not kept", "stream", s.Stream.String(), "error", err)
 			}
 		}
-	}
-}
-
-// equal is reflect.DeepEqual, but nil and empty slices and maps are the same,
-// and types may say by an Equal method what is.
-func equal(a, b reflect.Value) bool {
-	if a.IsValid() != b.IsValid() {
-		return false
-	}
-	if !a.IsValid() {
-		return true
-	}
-	if a.Type() != b.Type() {
-		return false
-	}
-	if a.CanInterface() {
-		if m, ok := a.Type().MethodByName("Equal"); ok && m.Type.NumIn() == 2 && m.Type.In(1) == a.Type() && m.Type.NumOut() == 1 && m.Type.Out(0).Kind() == reflect.Bool &&
-			(a.Kind() != reflect.Pointer || !a.IsNil() && !b.IsNil()) {
-			return m.Func.Call([]reflect.Value{a, b})[0].Bool()
-		}
-	}
-	switch a.Kind() {
-	case reflect.Pointer, reflect.Interface:
-		if a.IsNil() || b.IsNil() {
-			return a.IsNil() == b.IsNil()
-		}
-		return equal(a.Elem(), b.Elem())
-	case reflect.Struct:
-		for i := range a.NumField() {
-			if !equal(a.Field(i), b.Field(i)) {
-				return false
-			}
-		}
-		return true
-	case reflect.Slice, reflect.Array:
-		if a.Len() != b.Len() {
-			return false
-		}
-		for i := range a.Len() {
-			if !equal(a.Index(i), b.Index(i)) {
-				return false
-			}
-		}
-		return true
-	case reflect.Map:
-		if a.Len() != b.Len() {
-			return false
-		}
-		for _, k := range a.MapKeys() {
-			if v := b.MapIndex(k); !v.IsValid() || !equal(a.MapIndex(k), v) {
-				return false
-			}
-		}
-		return true
-	case reflect.Func:
-		return a.IsNil() && b.IsNil()
-	default:
-		return a.Equal(b)
 	}
 }
