@@ -12,13 +12,17 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+func harness(testing.TB) storetest.Opener {
+	return func() (storetest.Store, error) { return memory.New(), nil }
+}
+
 func TestStore(t *testing.T) {
 	features := storetest.Full()
 	features.Reopen = false
-	storetest.Run(t, func(testing.TB) storetest.Opener {
-		return func() (storetest.Store, error) { return memory.New(), nil }
-	}, features)
+	storetest.Run(t, harness, features)
 }
+
+func BenchmarkStore(b *testing.B) { storetest.Benchmark(b, harness) }
 
 func TestState(t *testing.T) {
 	statetest.Run(t, func(testing.TB) statetest.Opener {
