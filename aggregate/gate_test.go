@@ -64,6 +64,14 @@ func (g *gate) next(t *testing.T) *heldCommit {
 	}
 }
 
+// held0 returns the oldest commit that waits, and lets it pass.
+func (g *gate) held0(t *testing.T) *heldCommit {
+	t.Helper()
+	c := g.next(t)
+	g.held <- c
+	return c
+}
+
 func (g *gate) none(t *testing.T) {
 	t.Helper()
 	synctest.Wait()
