@@ -53,6 +53,7 @@ var endingChecks = []check{
 			go func() {
 				second <- state.Update(waiting, func(tx projection.StateTx) error { return tx.Put("t", "second", []byte("x")) })
 			}()
+			afterOrSoon(goOn) // it waits by then; if not, it sees an ended context anyway
 			cancel()
 			select {
 			case err := <-second:
