@@ -6,6 +6,7 @@ import (
 
 	"github.com/deed-go/deed/eventstore/sqlite"
 	"github.com/deed-go/deed/eventstore/storetest"
+	"github.com/deed-go/deed/projection/statetest"
 )
 
 func TestStore(t *testing.T) {
@@ -15,6 +16,13 @@ func TestStore(t *testing.T) {
 // A tail of one event makes every subscriber read from the file.
 func TestStore_WithoutTail(t *testing.T) {
 	storetest.Run(t, harness(sqlite.Tail(1, 1)), storetest.Full())
+}
+
+func TestState(t *testing.T) {
+	statetest.Run(t, func(t testing.TB) statetest.Opener {
+		path := filepath.Join(t.TempDir(), "state.db")
+		return func() (statetest.State, error) { return sqlite.Open(t.Context(), path) }
+	}, statetest.Features{SQL: true, Reopen: true, LeasesEndWithProcess: true})
 }
 
 func harness(options ...sqlite.Option) storetest.Harness {

@@ -37,6 +37,7 @@ const (
 	opWrite operationKind = iota
 	opTruncate
 	opSync
+	opSyncFailed
 	opDelete
 	opNote // of the test
 )
@@ -111,6 +112,10 @@ func (d *disk) do(o operation, real func() int32) int32 {
 	defer d.mu.Unlock()
 	if d.fail != nil {
 		if code := d.fail(o); code != sqlite3.SQLITE_OK {
+			if o.kind == opSync {
+				o.kind = opSyncFailed
+				d.trace = append(d.trace, o)
+			}
 			return code
 		}
 	}
@@ -226,7 +231,9 @@ const (
 	crashKinds = iota
 )
 
-func (c crash) String() string { return [...]string{"loses all", "loses none", "loses some", "tears some"}[c] }
+func (c crash) String() string {
+	return [...]string{"loses all", "loses none", "loses some", "tears some"}[c]
+}
 
 // platter is the state of the disk at one moment of a trace.
 type platter struct {
@@ -248,6 +255,10 @@ func (p *platter) play(o operation) {
 			content = change(content, o)
 		}
 		p.durable[o.file] = content
+		delete(p.pending, o.file)
+	case opSyncFailed:
+		// Operating systems may forget what they could not write, and report
+		// success the next time.
 		delete(p.pending, o.file)
 	case opDelete:
 		delete(p.durable, o.file)

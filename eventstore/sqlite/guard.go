@@ -11,9 +11,11 @@ import (
 
 // guard refuses, while it is on, what SQL of the user must not do: end the
 // transaction it runs in, reach for other files, or change deed's own tables.
+// It also learns how long the write-ahead log is.
 type guard struct {
-	id uintptr
-	on atomic.Bool
+	id    uintptr
+	on    atomic.Bool
+	pages atomic.Int64 // in the write-ahead log after the last commit
 }
 
 // guards finds the guard for the id that SQLite hands back: it cannot keep a
@@ -36,7 +38,22 @@ func (c *conn) install() *guard {
 	c.guard = &guard{id: guards.last}
 	guards.byID[c.guard.id] = c.guard
 	sqlite3.Xsqlite3_set_authorizer(c.tls, c.db, function(authorize), c.guard.id)
+	sqlite3.Xsqlite3_wal_hook(c.tls, c.db, function(committed), c.guard.id)
 	return c.guard
+}
+
+func guardOf(id uintptr) *guard {
+	guards.Lock()
+	defer guards.Unlock()
+	return guards.byID[id]
+}
+
+// committed replaces SQLite's own checkpoints, whose errors it ignores.
+func committed(_ *libc.TLS, id, _, _ uintptr, pages int32) int32 {
+	if g := guardOf(id); g != nil {
+		g.pages.Store(int64(pages))
+	}
+	return sqlite3.SQLITE_OK
 }
 
 func (g *guard) forget() {
@@ -49,9 +66,7 @@ func (g *guard) forget() {
 const ownPrefix = "deed_"
 
 func authorize(_ *libc.TLS, id uintptr, action int32, first, second, _, _ uintptr) int32 {
-	guards.Lock()
-	g := guards.byID[id]
-	guards.Unlock()
+	g := guardOf(id)
 	if g == nil || !g.on.Load() {
 		return sqlite3.SQLITE_OK
 	}

@@ -154,8 +154,8 @@ func TestMigrations(t *testing.T) {
 		t.Parallel()
 		text := &fstest.MapFile{Data: []byte("SELECT 1;")}
 		for name, files := range map[string]fstest.MapFS{
-			`number 002 expected`:       {"migration/001_a.sql": text, "migration/003_b.sql": text},
-			`must be NNN_name.sql`:      {"migration/1_a.sql": text},
+			`number 002 expected`:        {"migration/001_a.sql": text, "migration/003_b.sql": text},
+			`must be NNN_name.sql`:       {"migration/1_a.sql": text},
 			`"migration/001_a.sql" is e`: {"migration/001_a.sql": {Data: []byte(" \n")}},
 		} {
 			_, err := readMigrations(files)

@@ -329,7 +329,10 @@ func (s *Store) scan(ctx context.Context, fn func(*scanner) error) error {
 	// The kinds are published before the head moves, so they cover every event up
 	// to a head that was read before.
 	err = fn(&scanner{c: c, kinds: s.kinds.Load(), names: s.names})
-	return errors.Join(err, c.run("COMMIT"))
+	if ending := c.run("COMMIT"); err == nil {
+		err = ending
+	}
+	return err
 }
 
 // Lookup implements eventstore.Store; keys are scoped to the whole log.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -214,12 +213,14 @@ const mostNames = 65_536
 
 // configureWriter sets up the one connection that writes.
 func (s *Store) configureWriter(c *conn) error {
+	if err := c.exec("PRAGMA wal_autocheckpoint = 0"); err != nil { // see writer.checkpoint
+		return err
+	}
 	c.install()
 	return c.exec(`
 		PRAGMA journal_mode = WAL;
 		PRAGMA synchronous = ` + s.settings.synchronous + `;
 		PRAGMA busy_timeout = 0;
-		PRAGMA wal_autocheckpoint = ` + strconv.Itoa(s.settings.checkpoint) + `;
 		PRAGMA journal_size_limit = 67108864;
 		PRAGMA temp_store = MEMORY;
 		PRAGMA cache_size = -65536;`)

@@ -73,7 +73,9 @@ func (s *Store) View(ctx context.Context, fn func(projection.StateTx) error) (er
 	tx := &stateTx{store: s, c: c, readOnly: true}
 	defer func() {
 		tx.end()
-		err = errors.Join(err, c.run("COMMIT"))
+		if ending := c.run("COMMIT"); err == nil {
+			err = ending
+		}
 	}()
 	return fn(tx)
 }

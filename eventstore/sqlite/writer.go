@@ -39,6 +39,7 @@ type writer struct {
 	heads  *simplelru.LRU[eventstore.Stream, *streamHead]
 	kinds  *kinds // those of the store, and of the batch being written
 	sync   string // the connection's synchronous setting
+	moved  int64  // pages of the write-ahead log at the last checkpoint
 
 	batch    []*entry
 	recorded []eventstore.Recorded // what the batch adds to the log
@@ -101,6 +102,9 @@ func (s *Store) Enqueue(ctx context.Context, c eventstore.Commit) *eventstore.Pe
 // settled at once.
 func (s *Store) enqueue(ctx context.Context, c eventstore.Commit, settle func(eventstore.Receipt, error)) *groupcommit.Entry[*entry] {
 	e, size, err := s.encode(ctx, c)
+	if err == nil && s.closed() {
+		err = eventstore.ErrClosed
+	}
 	if err != nil {
 		settle(eventstore.Receipt{}, err)
 		return nil
@@ -151,6 +155,7 @@ func (w *writer) run() {
 	for {
 		worked := w.commits()
 		worked = w.updates() || worked
+		w.checkpoint()
 		if worked {
 			continue
 		}
@@ -159,6 +164,23 @@ func (w *writer) run() {
 			return
 		}
 		<-w.store.wake
+	}
+}
+
+// checkpoint moves the write-ahead log into the database file once it is long.
+// Nobody who has been answered waits for it. Its errors matter: a sync of the
+// log that failed here is not repeated by the next commit.
+func (w *writer) checkpoint() {
+	pages := w.c.guard.pages.Load()
+	if pages < w.moved {
+		w.moved = 0 // it has begun anew
+	}
+	if w.broken != nil || pages-w.moved < int64(w.store.settings.checkpoint) {
+		return
+	}
+	w.moved = pages
+	if _, err := w.c.row("PRAGMA wal_checkpoint(PASSIVE)", func(*statement) {}); err != nil {
+		w.abandon(fmt.Errorf("checkpoint: %w", err))
 	}
 }
 
@@ -264,23 +286,24 @@ func (w *writer) reopen() error {
 		return err
 	}
 	w.c.close()
-	w.c, w.kinds, w.sync, w.broken = c, known, w.store.settings.synchronous, nil
+	w.c, w.kinds, w.sync, w.moved, w.broken = c, known, w.store.settings.synchronous, 0, nil
 	return nil
 }
 
 // settle makes an end of pages that a failed commit may have left on the disk,
-// and of those whose sync failed: a synced write overwrites the former, and a
-// checkpoint moves everything that counts into the database file.
+// and of those that a failed sync may have lost: it moves all that counts into
+// the database file and begins a new write-ahead log. The old one must not be
+// continued: what the system could not write, it may report as written the
+// next time.
 func settle(c *conn) error {
-	if err := c.exec("BEGIN IMMEDIATE; UPDATE deed_log SET id = id; COMMIT"); err != nil {
+	busy := false
+	if _, err := c.row("PRAGMA wal_checkpoint(TRUNCATE)", func(s *statement) { busy = s.int64(0) != 0 }); err != nil {
 		return err
 	}
-	whole := false
-	_, err := c.row("PRAGMA wal_checkpoint(FULL)", func(s *statement) { whole = s.int64(0) == 0 && s.int64(1) == s.int64(2) })
-	if err == nil && !whole {
-		err = errors.New("the write-ahead log could not be emptied while it is read")
+	if busy {
+		return errors.New("the write-ahead log cannot be renewed after a failure while it is read: try again")
 	}
-	return err
+	return c.exec("BEGIN IMMEDIATE; UPDATE deed_log SET id = id; COMMIT")
 }
 
 // resolve finds out what became of a batch whose COMMIT failed.
