@@ -135,14 +135,6 @@ func (e *BlockedError) Is(target error) bool { return target == ErrBlocked }
 func failureOf(err error) failure {
 	f := failure{Message: err.Error(), Rejection: command.IsRejection(err), Terminal: IsTerminal(err)}
 	f.Timeout = errors.Is(err, ErrTimeout) || errors.Is(err, context.DeadlineExceeded)
-	if step, ok := err.(*StepError); ok { //nolint:errorlint // only the outermost error lends its message
-		f = step.failure
-		f.Message = err.Error()
-		if f.Rejection {
-			f.Message = step.failure.Message
-		}
-		return f
-	}
 	const most = 16
 	seen := map[string]bool{}
 	var walk func(error)
@@ -150,18 +142,19 @@ func failureOf(err error) failure {
 		if err == nil || len(f.Is) >= most {
 			return
 		}
-		if step, ok := err.(*StepError); ok { //nolint:errorlint // every error of the tree is visited
-			for _, text := range step.failure.Is {
-				if !seen[text] {
-					seen[text] = true
-					f.Is = append(f.Is, text)
-				}
-			}
-			return
+		texts := []string{err.Error()}
+		step, recorded := err.(*StepError) //nolint:errorlint // every error of the tree is visited
+		if recorded {
+			texts = append([]string{step.failure.Message}, step.failure.Is...)
 		}
-		if text := err.Error(); text != f.Message && !seen[text] {
-			seen[text] = true
-			f.Is = append(f.Is, text)
+		for _, text := range texts {
+			if text != f.Message && !seen[text] {
+				seen[text] = true
+				f.Is = append(f.Is, text)
+			}
+		}
+		if recorded {
+			return
 		}
 		switch wrapper := err.(type) { //nolint:errorlint // every error of the tree is visited
 		case interface{ Unwrap() error }:

@@ -137,6 +137,7 @@ func startBench(t testing.TB, store backend, c *clock.Manual, o saga.Options, pr
 	for _, p := range processes {
 		require.NoError(t, b.engine.Add(p))
 	}
+	require.NoError(t, b.engine.Prepare(context.Background()))
 	b.run()
 	t.Cleanup(func() { b.stop() })
 	return b

@@ -219,6 +219,7 @@ func newReactionWorker(e *Engine, r *Reaction) *reactionWorker {
 func (w *reactionWorker) table() string { return w.category + ".open" }
 
 func (w *reactionWorker) load(tx projection.StateTx) error {
+	clear(w.rows)
 	for entry, err := range tx.Scan(w.table(), projection.Range{}) {
 		if err != nil {
 			return err

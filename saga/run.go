@@ -1,16 +1,16 @@
 package saga
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"reflect"
 	"runtime"
 	"runtime/debug"
 	"slices"
-	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 	"unicode"
@@ -54,7 +54,6 @@ type Run struct {
 	event     *eventstore.Recorded // delivered to the await that waits
 	routed    eventstore.Position  // events up to here have been offered to it
 	inStep    string
-	owner     uint64
 	misuse    atomic.Pointer[string]
 	outcome   outcome
 	durable   func()               // called after each flush
@@ -500,7 +499,7 @@ func checkName(name string) string {
 
 // own refuses calls from where the run must not be used.
 func (r *Run) own(call string) {
-	if goroutineID() != r.owner {
+	if !onCodeGoroutine() {
 		message := fmt.Sprintf("%s was called on another goroutine than the saga's function; a run belongs to one goroutine", call)
 		r.misuse.CompareAndSwap(nil, &message)
 		if r.env != nil {
@@ -594,30 +593,32 @@ func (r *Run) write() outcome {
 // and returns why it ended.
 func (r *Run) execute() outcome {
 	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		returned := false
-		defer func() {
-			p := recover()
-			switch {
-			case p != nil:
-				if r.env != nil {
-					r.env.logger.Error("saga panicked", "saga", r.saga, "id", r.stream.ID, "panic", p, "stack", stack())
-				}
-				r.outcome = outcome{kind: blocked, cause: causeCode, reason: fmt.Sprintf("the code panicked: %v", p)}
-			case !returned && r.outcome.kind == running:
-				r.outcome = outcome{kind: blocked, cause: causeCode, reason: "the code ended its goroutine by runtime.Goexit"}
-			}
-		}()
-		r.owner = goroutineID()
-		r.now = r.h.startedAt
-		r.counts = map[stepID]int{}
-		result, err := r.code(r, r.h.started.In)
-		r.end(result, err)
-		returned = true
-	}()
+	go runCode(r, done)
 	<-done
 	return r.outcome
+}
+
+// runCode is the outermost function of every goroutine that runs a saga's code.
+func runCode(r *Run, done chan<- struct{}) {
+	defer close(done)
+	returned := false
+	defer func() {
+		p := recover()
+		switch {
+		case p != nil:
+			if r.env != nil {
+				r.env.logger.Error("saga panicked", "saga", r.saga, "id", r.stream.ID, "panic", p, "stack", stack())
+			}
+			r.outcome = outcome{kind: blocked, cause: causeCode, reason: fmt.Sprintf("the code panicked: %v", p)}
+		case !returned && r.outcome.kind == running:
+			r.outcome = outcome{kind: blocked, cause: causeCode, reason: "the code ended its goroutine by runtime.Goexit"}
+		}
+	}()
+	r.now = r.h.startedAt
+	r.counts = map[stepID]int{}
+	result, err := r.code(r, r.h.started.In)
+	r.end(result, err)
+	returned = true
 }
 
 // end records how the code ended, after rolling back if it failed.
@@ -684,13 +685,19 @@ func (p *panicError) Error() string { return fmt.Sprintf("panic: %v", p.value) }
 
 func stack() string { return string(debug.Stack()) }
 
-// goroutineID identifies the calling goroutine. It only serves to refuse
-// calls, never to find anything.
-func goroutineID() uint64 {
-	var buffer [64]byte
-	text := buffer[:runtime.Stack(buffer[:], false)]
-	text = bytes.TrimPrefix(text, []byte("goroutine "))
-	digits, _, _ := bytes.Cut(text, []byte(" "))
-	id, _ := strconv.ParseUint(string(digits), 10, 64)
-	return id
+// onCodeGoroutine reports whether the caller runs on a goroutine that a run
+// started for its code: one whose outermost function is runCode. It
+// only serves to refuse calls, and gives very deep stacks the benefit of the
+// doubt.
+func onCodeGoroutine() bool {
+	var pcs [96]uintptr
+	n := runtime.Callers(2, pcs[:])
+	if n < 2 || n == len(pcs) {
+		return true
+	}
+	f := runtime.FuncForPC(pcs[n-2] - 1)
+	return f == nil || f.Entry() == codeEntry()
 }
+
+// codeEntry is the entry of runCode.
+var codeEntry = sync.OnceValue(func() uintptr { return reflect.ValueOf(runCode).Pointer() })

@@ -187,3 +187,36 @@ func (d *Definition[In, Out]) Replay(ctx context.Context, events []eventstore.Re
 	}
 	return nil
 }
+
+// StartAny is [Start] for tools and tests that do not know the types: the
+// input is anything that encodes to the JSON of an In.
+func (d *Definition[In, Out]) StartAny(ctx context.Context, host Host, id string, in any) error {
+	raw, err := encode(in)
+	if err != nil {
+		return err
+	}
+	var typed In
+	if err := jsonv1.Unmarshal(raw, &typed); err != nil {
+		return fmt.Errorf("%w: the input does not decode into %T: %w", eventstore.ErrInvalid, typed, err)
+	}
+	return Start(ctx, host, d, id, typed)
+}
+
+// WaitAny is [Wait] for tools and tests that do not know the types: the result
+// is decoded into what out points to, unless that is nil.
+func (d *Definition[In, Out]) WaitAny(ctx context.Context, host Host, id string, out any) error {
+	result, err := Wait(ctx, host, d, id)
+	if err != nil || out == nil {
+		return err
+	}
+	raw, err := encode(result)
+	if err != nil {
+		return err
+	}
+	return jsonv1.Unmarshal(raw, out)
+}
+
+// LookAny is [Look] for tools and tests that do not know the types.
+func (d *Definition[In, Out]) LookAny(ctx context.Context, host Host, id string) (Info, error) {
+	return Look(ctx, host, d, id)
+}

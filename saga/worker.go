@@ -220,6 +220,8 @@ func (w *sagaWorker) openTable() string { return w.category + ".open" }
 func (w *sagaWorker) doneTable() string { return w.category + ".done" }
 
 func (w *sagaWorker) load(tx projection.StateTx) error {
+	clear(w.rows)
+	clear(w.watches)
 	for entry, err := range tx.Scan(w.openTable(), projection.Range{}) {
 		if err != nil {
 			return err

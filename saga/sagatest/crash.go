@@ -1,0 +1,171 @@
+package sagatest
+
+import (
+	"context"
+	"iter"
+	"sync"
+	"time"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/projection"
+)
+
+// mortal is the store as one life of an engine sees it. It dies at a given
+// append, before or after it is written; from then on everything fails, as for
+// a process that is no more.
+type mortal struct {
+	store *memory.Store
+
+	mu      sync.Mutex
+	appends int
+	dieAt   int // 0: never
+	after   bool
+	dead    bool
+	// died is closed at death.
+	died chan struct{}
+}
+
+var (
+	_ eventstore.Store = (*mortal)(nil)
+	_ projection.State = (*mortal)(nil)
+)
+
+func newMortal(store *memory.Store, dieAt int, after bool) *mortal {
+	return &mortal{store: store, dieAt: dieAt, after: after, died: make(chan struct{})}
+}
+
+func (m *mortal) alive() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dead {
+		return eventstore.ErrClosed
+	}
+	return nil
+}
+
+func (m *mortal) isDead() bool { return m.alive() != nil }
+
+func (m *mortal) count() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.appends
+}
+
+// Append implements eventstore.Store.
+func (m *mortal) Append(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dead {
+		return eventstore.Receipt{}, eventstore.ErrClosed
+	}
+	m.appends++
+	dies := m.appends == m.dieAt
+	if dies {
+		m.dead = true
+		defer close(m.died)
+		if !m.after {
+			return eventstore.Receipt{}, eventstore.ErrClosed
+		}
+	}
+	receipt, err := m.store.Append(ctx, c)
+	if dies {
+		return eventstore.Receipt{}, eventstore.ErrClosed
+	}
+	return receipt, err
+}
+
+// Lookup implements eventstore.Store.
+func (m *mortal) Lookup(ctx context.Context, s eventstore.Stream, key string) (eventstore.Receipt, bool, error) {
+	if err := m.alive(); err != nil {
+		return eventstore.Receipt{}, false, err
+	}
+	return m.store.Lookup(ctx, s, key)
+}
+
+// Read implements eventstore.Store.
+func (m *mortal) Read(ctx context.Context, q eventstore.Query, o eventstore.ReadOptions) iter.Seq2[eventstore.Recorded, error] {
+	if err := m.alive(); err != nil {
+		return func(yield func(eventstore.Recorded, error) bool) { yield(eventstore.Recorded{}, err) }
+	}
+	return m.store.Read(ctx, q, o)
+}
+
+// Subscribe implements eventstore.Store.
+func (m *mortal) Subscribe(ctx context.Context, q eventstore.Query, after eventstore.Position) iter.Seq2[eventstore.Batch, error] {
+	return func(yield func(eventstore.Batch, error) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		watched := make(chan struct{})
+		defer func() { <-watched }()
+		defer cancel()
+		go func() {
+			defer close(watched)
+			select {
+			case <-m.died:
+				cancel()
+			case <-ctx.Done():
+			}
+		}()
+		for batch, err := range m.store.Subscribe(ctx, q, after) {
+			if dead := m.alive(); dead != nil {
+				yield(eventstore.Batch{}, dead)
+				return
+			}
+			if !yield(batch, err) {
+				return
+			}
+		}
+	}
+}
+
+// Head implements eventstore.Store.
+func (m *mortal) Head(ctx context.Context) (eventstore.Position, error) {
+	if err := m.alive(); err != nil {
+		return 0, err
+	}
+	return m.store.Head(ctx)
+}
+
+// LogID implements eventstore.Identified.
+func (m *mortal) LogID(ctx context.Context) (string, error) { return m.store.LogID(ctx) }
+
+// Update implements projection.State.
+func (m *mortal) Update(ctx context.Context, fn func(projection.StateTx) error) error {
+	if err := m.alive(); err != nil {
+		return err
+	}
+	return m.store.Update(ctx, fn)
+}
+
+// View implements projection.State.
+func (m *mortal) View(ctx context.Context, fn func(projection.StateTx) error) error {
+	if err := m.alive(); err != nil {
+		return err
+	}
+	return m.store.View(ctx, fn)
+}
+
+// Acquire implements projection.State.
+func (m *mortal) Acquire(ctx context.Context, name, owner string, ttl time.Duration) (projection.Lease, error) {
+	if err := m.alive(); err != nil {
+		return projection.Lease{}, err
+	}
+	return m.store.Acquire(ctx, name, owner, ttl)
+}
+
+// Renew implements projection.State.
+func (m *mortal) Renew(ctx context.Context, l projection.Lease, ttl time.Duration) (projection.Lease, error) {
+	if err := m.alive(); err != nil {
+		return projection.Lease{}, err
+	}
+	return m.store.Renew(ctx, l, ttl)
+}
+
+// Release implements projection.State.
+func (m *mortal) Release(ctx context.Context, l projection.Lease) error {
+	if err := m.alive(); err != nil {
+		return err
+	}
+	return m.store.Release(ctx, l)
+}
