@@ -1,0 +1,223 @@
+package projection_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/projection"
+)
+
+func openSQLite(t *testing.T) backend { return backends["sqlite"](t) }
+
+// ledger keeps a line for every deposit: a handler that runs twice shows.
+func ledger(handle func(e deposited, r eventstore.Recorded) error) *projection.SQLDefinition {
+	return projection.SQL("ledger",
+		projection.Setup("CREATE TABLE IF NOT EXISTS ledger (line INTEGER PRIMARY KEY, account TEXT NOT NULL, version INTEGER NOT NULL, cents INTEGER NOT NULL)"),
+		projection.Reset("DELETE FROM ledger"),
+		projection.OnSQL(func(ctx context.Context, tx projection.Tx, e deposited, r eventstore.Recorded) error {
+			if _, err := tx.Exec(ctx, "INSERT INTO ledger (account, version, cents) VALUES ($1, $2, $3)", r.Stream.ID, int64(r.Version), e.Cents); err != nil {
+				return err
+			}
+			if handle != nil {
+				return handle(e, r)
+			}
+			return nil
+		}))
+}
+
+type line struct {
+	account string
+	version uint64
+	cents   int64
+}
+
+func lines(t testing.TB, state projection.State) []line {
+	t.Helper()
+	all := []line{}
+	require.NoError(t, state.View(context.Background(), func(tx projection.StateTx) error {
+		rows, err := tx.Query(context.Background(), "SELECT account, version, cents FROM ledger ORDER BY line")
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var l line
+			if err := rows.Scan(&l.account, &l.version, &l.cents); err != nil {
+				return err
+			}
+			all = append(all, l)
+		}
+		return rows.Err()
+	}))
+	return all
+}
+
+// deposits is what the ledger must be.
+func deposits(t testing.TB, store eventstore.Store) []line {
+	t.Helper()
+	all := []line{}
+	for r, err := range store.Read(context.Background(), eventstore.OfTypes("account.deposited"), eventstore.ReadOptions{}) {
+		require.NoError(t, err)
+		var e deposited
+		require.NoError(t, (*eventstore.Encoding)(nil).Decode(r, &e))
+		all = append(all, line{r.Stream.ID, r.Version, e.Cents})
+	}
+	return all
+}
+
+func TestSQL_EveryEventOnce(t *testing.T) {
+	t.Parallel()
+	store := openSQLite(t)
+	updates := 0
+	state := &hookedState{State: store, update: func(ctx context.Context, fn func(projection.StateTx) error) error {
+		switch updates++; updates % 5 {
+		case 2:
+			return store.Update(ctx, func(tx projection.StateTx) error { return errors.Join(fn(tx), errInjected) })
+		case 4:
+			return errors.Join(store.Update(ctx, fn), errInjected)
+		}
+		return store.Update(ctx, fn)
+	}}
+	r := start(t, store, state, projection.Options{SQLEvents: 3, RetryAfter: 1, RetryAtMost: 1}, ledger(nil))
+	for i := range 40 {
+		put(t, store, account(fmt.Sprint("a", i%3)), opened{"x"}, deposited{int64(i)}, deposited{1})
+	}
+	r.caughtUp(t, store, "ledger")
+	require.Equal(t, deposits(t, store), lines(t, store))
+	require.NoError(t, r.Rebuild(t.Context(), "ledger"))
+	require.Equal(t, deposits(t, store), lines(t, store), "after a rebuild")
+	require.NoError(t, r.stop())
+	require.Greater(t, updates, 40)
+}
+
+// One transaction takes neither too many events nor too long.
+func TestSQL_TransactionsAreBounded(t *testing.T) {
+	t.Parallel()
+	store := openSQLite(t)
+	for range 10 {
+		put(t, store, account("ann"), deposited{1})
+	}
+	checkpoints := func(o projection.Options, pause time.Duration) []eventstore.Position {
+		var mu sync.Mutex
+		var all []eventstore.Position
+		r := start(t, store, store, o, projection.SQL(fmt.Sprint("p", o.SQLEvents), projection.OnSQL(
+			func(_ context.Context, _ projection.Tx, _ deposited, r eventstore.Recorded) error {
+				time.Sleep(pause)
+				mu.Lock()
+				defer mu.Unlock()
+				all = append(all, r.Position)
+				return nil
+			})))
+		var ends []eventstore.Position
+		name := fmt.Sprint("p", o.SQLEvents)
+		for p := eventstore.Position(1); p <= 10; p++ {
+			require.NoError(t, r.WaitFor(t.Context(), name, p))
+			reached, err := r.Reached(name)
+			require.NoError(t, err)
+			if len(ends) == 0 || ends[len(ends)-1] != reached {
+				ends = append(ends, reached)
+			}
+		}
+		require.NoError(t, r.stop())
+		require.Len(t, all, 10)
+		return ends
+	}
+	for _, p := range checkpoints(projection.Options{SQLEvents: 4, SQLTime: time.Hour}, 5*time.Millisecond) {
+		require.Contains(t, []eventstore.Position{4, 8, 10}, p)
+	}
+	ends := checkpoints(projection.Options{SQLEvents: 1000, SQLTime: time.Nanosecond}, 5*time.Millisecond)
+	require.Greater(t, len(ends), 5, "a transaction that is over time ends with the event at hand")
+}
+
+func TestSQL_PoisonIsSetAside(t *testing.T) {
+	t.Parallel()
+	store := openSQLite(t)
+	var ill atomic.Bool
+	ill.Store(true)
+	d := ledger(func(e deposited, _ eventstore.Recorded) error {
+		if e.Cents == 13 && ill.Load() {
+			return errors.New("unlucky")
+		}
+		if e.Cents == 14 && ill.Load() {
+			panic("worse")
+		}
+		return nil
+	})
+	put(t, store, account("ann"), deposited{1}, deposited{13}, deposited{2})
+	put(t, store, account("bob"), deposited{1}, deposited{14}, deposited{2})
+	put(t, store, account("cid"), deposited{1}, deposited{2})
+	r := start(t, store, store, projection.Options{Attempts: 2, RetryAfter: 1, RetryAtMost: 1}, d)
+	r.caughtUp(t, store, "ledger")
+	require.Equal(t, []line{{"ann", 1, 1}, {"bob", 1, 1}, {"cid", 1, 1}, {"cid", 2, 2}}, lines(t, store), "nothing of the failed ones remains")
+	letters, err := r.DeadLetters(t.Context(), "ledger")
+	require.NoError(t, err)
+	require.Equal(t, []eventstore.Position{2, 3, 5, 6}, positions(letters))
+	require.Equal(t, "unlucky", letters[0].Error)
+	require.Equal(t, "handler panicked: worse", letters[2].Error)
+	ill.Store(false)
+	n, err := r.ReplayDeadLetters(t.Context(), "ledger")
+	require.NoError(t, err)
+	require.Equal(t, 4, n)
+	require.Equal(t, []line{{"ann", 2, 13}, {"ann", 3, 2}, {"bob", 2, 14}, {"bob", 3, 2}}, lines(t, store)[4:])
+	require.NoError(t, r.stop())
+}
+
+func TestSQL_RebuildNeedsReset(t *testing.T) {
+	t.Parallel()
+	store := openSQLite(t)
+	d := projection.SQL("bare", projection.OnSQL(func(context.Context, projection.Tx, deposited, eventstore.Recorded) error { return nil }))
+	put(t, store, account("ann"), deposited{1})
+	r := start(t, store, store, projection.Options{}, d)
+	r.caughtUp(t, store, "bare")
+	err := r.Rebuild(t.Context(), "bare")
+	require.ErrorContains(t, err, `rebuild projection "bare": it does not say how to empty its tables: add projection.Reset`)
+	reached, err := r.Reached("bare")
+	require.NoError(t, err)
+	require.EqualValues(t, 1, reached, "the refused rebuild changed nothing")
+	put(t, store, account("ann"), deposited{1})
+	r.caughtUp(t, store, "bare")
+	require.NoError(t, r.stop())
+}
+
+func TestSQL_StopsWhereItCannotWork(t *testing.T) {
+	t.Parallel()
+	store := memory.New()
+	defer store.Close()
+	r := start(t, store, store, projection.Options{}, ledger(nil))
+	err := r.WaitFor(t.Context(), "ledger", 1)
+	require.ErrorIs(t, err, errors.ErrUnsupported)
+	require.ErrorContains(t, err, `projection "ledger": cannot prepare its tables: its store must have SQL`)
+
+	lite := openSQLite(t)
+	wrong := start(t, lite, lite, projection.Options{}, projection.SQL("wrong", projection.Setup("CREATE TABEL x"), projection.OnSQL(
+		func(context.Context, projection.Tx, deposited, eventstore.Recorded) error { return nil })))
+	err = wrong.WaitFor(t.Context(), "wrong", 1)
+	require.ErrorIs(t, err, projection.ErrStopped)
+	require.ErrorContains(t, err, `set up tables with "CREATE TABEL x"`)
+}
+
+// A handler's transaction is for SQL alone: the engine's own tables are out of reach.
+func TestSQL_HandlersGetSQLOnly(t *testing.T) {
+	t.Parallel()
+	store := openSQLite(t)
+	put(t, store, account("ann"), deposited{1})
+	var isState atomic.Bool
+	r := start(t, store, store, projection.Options{}, projection.SQL("x", projection.OnSQL(
+		func(_ context.Context, tx projection.Tx, _ deposited, _ eventstore.Recorded) error {
+			_, ok := tx.(projection.StateTx)
+			isState.Store(ok)
+			return nil
+		})))
+	r.caughtUp(t, store, "x")
+	require.False(t, isState.Load())
+	require.NoError(t, r.stop())
+}

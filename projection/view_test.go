@@ -1,0 +1,221 @@
+package projection_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/projection"
+)
+
+// accountFold is what an aggregate's definition looks like from here.
+type accountFold struct{ mistake error }
+
+func (accountFold) Category() string     { return "account" }
+func (accountFold) EventTypes() []string { return []string{"account.opened", "account.deposited"} }
+func (f accountFold) Err() error         { return f.mistake }
+func (accountFold) Apply(enc *eventstore.Encoding, b *balance, r eventstore.Recorded) error {
+	b.Seen = append(b.Seen, r.Version)
+	if r.Type == "account.opened" {
+		var e opened
+		err := enc.Decode(r, &e)
+		b.Owner = e.Owner
+		return err
+	}
+	var e deposited
+	err := enc.Decode(r, &e)
+	b.Cents += e.Cents
+	return err
+}
+
+func TestOf_KeepsTheStateOfOneCategory(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		view := projection.Of("accounts", accountFold{})
+		put(t, store, account("ann"), opened{"Ann"}, deposited{5})
+		put(t, store, eventstore.Stream{Category: "accounting", ID: "ann"}, deposited{100})
+		r := start(t, store, store, projection.Options{}, view)
+		r.caughtUp(t, store, "accounts")
+		require.Equal(t, map[string]balance{"ann": {Owner: "Ann", Cents: 5, Seen: []uint64{1, 2}}}, rows(t, store, view))
+		require.NoError(t, r.stop())
+	})
+	require.ErrorContains(t, projection.Of("accounts", accountFold{mistake: errors.New("no such thing")}).Err(), `projection "accounts": no such thing`)
+}
+
+func TestOnKeyed_OneEventToManyRows(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		type word struct{ Times int }
+		words := projection.View("words", projection.OnKeyed(
+			func(e opened, _ eventstore.Recorded) []string { return strings.Fields(e.Owner) },
+			func(w *word, key string, _ opened, _ eventstore.Recorded) { w.Times += len(key) },
+		))
+		put(t, store, account("1"), opened{"to be or not to be"}, opened{""})
+		put(t, store, account("2"), opened{"to go"}, deposited{3})
+		r := start(t, store, store, projection.Options{}, words)
+		r.caughtUp(t, store, "words")
+		require.Equal(t, map[string]word{"to": {4}, "be": {2}, "or": {2}, "not": {3}, "go": {2}}, rows(t, store, words),
+			"a key returned twice is folded once; no key touches no row")
+		require.NoError(t, r.stop())
+	})
+}
+
+// Events stored under old names and schemas reach the handler of today's type.
+func TestView_OldEventsReachTheirHandlers(t *testing.T) {
+	t.Parallel()
+	enc, err := eventstore.NewEncoding(
+		eventstore.Rename("account.created", "account.opened"),
+		eventstore.Upcast("account.created", 1, func(old struct{ Name string }) (opened, error) { return opened{Owner: old.Name}, nil }),
+	)
+	require.NoError(t, err)
+	store := memory.New()
+	defer store.Close()
+	_, err = store.Append(t.Context(), eventstore.Commit{Events: []eventstore.Event{
+		{Stream: account("ann"), Type: "account.created", Data: []byte(`{"Name":"Ann"}`)},
+	}})
+	require.NoError(t, err)
+	put(t, store, account("bob"), opened{"Bob"})
+	view := balances()
+	r := start(t, store, store, projection.Options{Encoding: enc}, view)
+	r.caughtUp(t, store, "balances")
+	require.Equal(t, map[string]balance{"ann": {Owner: "Ann", Seen: []uint64{1}}, "bob": {Owner: "Bob", Seen: []uint64{1}}}, rows(t, store, view))
+	require.NoError(t, r.stop())
+}
+
+// What a handler does to its event or row afterwards, it does to its own.
+func TestView_RowsAreNotShared(t *testing.T) {
+	t.Parallel()
+	type tagged struct{ Tags []string }
+	var kept []*tagged
+	store := memory.New()
+	defer store.Close()
+	view := projection.View("tags", projection.On(func(row *tagged, e opened) {
+		row.Tags = append(row.Tags, e.Owner)
+		kept = append(kept, row)
+	}))
+	put(t, store, account("ann"), opened{"one"})
+	r := start(t, store, store, projection.Options{}, view)
+	r.caughtUp(t, store, "tags")
+	first := rows(t, store, view)["ann"]
+	first.Tags[0] = "changed by a reader"
+	put(t, store, account("ann"), opened{"two"})
+	r.caughtUp(t, store, "tags")
+	require.Equal(t, []string{"one", "two"}, rows(t, store, view)["ann"].Tags)
+	require.NoError(t, r.stop())
+}
+
+// A row type that no longer fits what is stored stops the view with the way out.
+func TestView_RowTypeHasChanged(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		type before struct{ Owner string }
+		type after struct{ Owner struct{ First, Last string } }
+		older := projection.View("owners", projection.On(func(o *before, e opened) { o.Owner = e.Owner }))
+		newer := projection.View("owners", projection.On(func(o *after, e opened) { o.Owner.First = e.Owner }))
+		put(t, store, account("ann"), opened{"Ann"})
+		r := start(t, store, store, projection.Options{}, older)
+		r.caughtUp(t, store, "owners")
+		require.NoError(t, r.stop())
+		last := put(t, store, account("ann"), opened{"Anna"}).Last
+		r = start(t, store, store, projection.Options{}, newer)
+		err := r.WaitFor(t.Context(), "owners", last)
+		require.ErrorIs(t, err, projection.ErrStopped)
+		require.ErrorContains(t, err, `row "ann" of view "owners" does not decode into projection_test.after: its shape has changed: rebuild the view`)
+		require.Error(t, r.stop())
+		require.NoError(t, r.Rebuild(t.Context(), "owners"))
+		r = start(t, store, store, projection.Options{}, newer)
+		r.caughtUp(t, store, "owners")
+		require.Equal(t, "Anna", rows(t, store, newer)["ann"].Owner.First)
+		require.NoError(t, r.stop())
+	})
+}
+
+func TestEngine_Status(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memory.New()
+		defer store.Close()
+		engine := projection.NewEngine(store, store, projection.Options{})
+		require.NoError(t, engine.Add(balances()))
+		put(t, store, account("ann"), opened{"Ann"}, deposited{1})
+		time.Sleep(time.Minute)
+		put(t, store, account("ann"), deposited{1})
+		time.Sleep(time.Minute)
+		status, err := engine.Status(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, []projection.Status{{
+			Name: "balances", Phase: projection.PhaseStopped, Head: 3, LagEvents: 3, Lag: 2 * time.Minute,
+		}}, status, "the lag is the age of the oldest event not yet considered")
+
+		r := start(t, store, store, projection.Options{}, balances())
+		r.caughtUp(t, store, "balances")
+		synctest.Wait()
+		status, err = r.Status(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, []projection.Status{{Name: "balances", Phase: projection.PhaseLive, Position: 3, Head: 3}}, status)
+		require.NoError(t, r.stop())
+
+		// Another engine knows from the checkpoint.
+		status, err = engine.Status(t.Context())
+		require.NoError(t, err)
+		require.EqualValues(t, 3, status[0].Position)
+		require.Zero(t, status[0].Lag)
+	})
+}
+
+func TestEngine_NotRegistered(t *testing.T) {
+	t.Parallel()
+	store := memory.New()
+	defer store.Close()
+	engine := projection.NewEngine(store, store, projection.Options{})
+	require.NoError(t, engine.Add(balances()))
+	for name, call := range map[string]func() error{
+		"wait":     func() error { return engine.WaitFor(t.Context(), "x", 1) },
+		"reached":  func() error { _, err := engine.Reached("x"); return err },
+		"rebuild":  func() error { return engine.Rebuild(t.Context(), "x") },
+		"letters":  func() error { _, err := engine.DeadLetters(t.Context(), "x"); return err },
+		"replay":   func() error { _, err := engine.ReplayDeadLetters(t.Context(), "x"); return err },
+		"register": func() error { return engine.Check(totals()) },
+	} {
+		err := call()
+		require.ErrorIs(t, err, projection.ErrNotRegistered, name)
+		require.ErrorContains(t, err, `(registered are ["balances"])`, name)
+	}
+}
+
+func TestRun_Twice(t *testing.T) {
+	t.Parallel()
+	store := memory.New()
+	defer store.Close()
+	r := start(t, store, store, projection.Options{}, balances())
+	r.caughtUp(t, store, "balances")
+	require.EqualError(t, r.Workers()[0].Run(t.Context()), `projection "balances" runs already`)
+	r.caughtUp(t, store, "balances")
+	require.NoError(t, r.stop())
+}
+
+// Rows do not depend on how the cache forgets.
+func TestView_TinyCache(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		view := balances()
+		r := start(t, store, store, projection.Options{CacheBytes: 1, BatchEvents: 3}, view)
+		for i := range 100 {
+			put(t, store, account(fmt.Sprint(i%11)), opened{fmt.Sprint(i)}, deposited{int64(i)})
+		}
+		r.caughtUp(t, store, "balances")
+		require.Equal(t, folded(t, store), rows(t, store, view))
+		require.NoError(t, r.stop())
+	})
+}
