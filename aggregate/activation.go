@@ -464,8 +464,10 @@ func (a *activation[S]) resolve(c eventstore.Commit, base eventstore.Revision, c
 				} else if err == nil {
 					return receipt, nil
 				}
-			case !isUnknown(err) && !errors.Is(err, eventstore.ErrConflict):
+			case errors.Is(err, eventstore.ErrKeyReused):
 				return eventstore.Receipt{}, err
+			case permanent(err):
+				return eventstore.Receipt{}, unknownOutcome(err) // of the first try
 			}
 		}
 		timer := time.NewTimer(pause)
@@ -480,7 +482,8 @@ func (a *activation[S]) resolve(c eventstore.Commit, base eventstore.Revision, c
 
 // permanent reports whether asking again cannot help.
 func permanent(err error) bool {
-	return errors.Is(err, eventstore.ErrClosed) || errors.Is(err, eventstore.ErrInvalid) || errors.Is(err, eventstore.ErrGap)
+	return !eventstore.CanRetry(err) && (errors.Is(err, eventstore.ErrClosed) || errors.Is(err, eventstore.ErrInvalid) ||
+		errors.Is(err, eventstore.ErrTooLarge) || errors.Is(err, eventstore.ErrGap) || errors.Is(err, errors.ErrUnsupported))
 }
 
 type fate uint8
