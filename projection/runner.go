@@ -511,10 +511,11 @@ func (r *runner) serve(ctx context.Context, lease Lease, q request) error {
 		return errRestart
 	}
 	q.done <- err
-	if errors.Is(err, ErrFenced) {
+	if err == nil || errors.Is(err, ErrFenced) {
 		return err
 	}
-	return nil
+	// Whether the failed update took effect is not known: look.
+	return errRestart
 }
 
 // ask has do run by the projection's goroutine, or, when it does not run, here

@@ -77,9 +77,14 @@ func deposits(t testing.TB, store eventstore.Store) []line {
 func TestSQL_EveryEventOnce(t *testing.T) {
 	t.Parallel()
 	store := openSQLite(t)
-	updates := 0
+	var updates atomic.Int64
+	var healthy atomic.Bool
 	state := &hookedState{State: store, update: func(ctx context.Context, fn func(projection.StateTx) error) error {
-		switch updates++; updates % 5 {
+		n := updates.Add(1)
+		if healthy.Load() {
+			return store.Update(ctx, fn)
+		}
+		switch n % 5 {
 		case 2:
 			return store.Update(ctx, func(tx projection.StateTx) error { return errors.Join(fn(tx), errInjected) })
 		case 4:
@@ -93,10 +98,11 @@ func TestSQL_EveryEventOnce(t *testing.T) {
 	}
 	r.caughtUp(t, store, "ledger")
 	require.Equal(t, deposits(t, store), lines(t, store))
+	healthy.Store(true)
 	require.NoError(t, r.Rebuild(t.Context(), "ledger"))
 	require.Equal(t, deposits(t, store), lines(t, store), "after a rebuild")
 	require.NoError(t, r.stop())
-	require.Greater(t, updates, 40)
+	require.Greater(t, updates.Load(), int64(40))
 }
 
 // One transaction takes neither too many events nor too long.
@@ -220,4 +226,31 @@ func TestSQL_HandlersGetSQLOnly(t *testing.T) {
 	r.caughtUp(t, store, "x")
 	require.False(t, isState.Load())
 	require.NoError(t, r.stop())
+}
+
+// A request that fails after it has taken effect does not leave the worker
+// with a wrong idea of where it is.
+func TestRebuild_OutcomeUnknown(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		var ill atomic.Bool
+		state := &hookedState{State: store, update: func(ctx context.Context, fn func(projection.StateTx) error) error {
+			err := store.Update(ctx, fn)
+			if ill.CompareAndSwap(true, false) {
+				return errors.Join(err, errInjected)
+			}
+			return err
+		}}
+		view := balances()
+		put(t, store, account("ann"), opened{"Ann"}, deposited{1})
+		r := start(t, store, state, projection.Options{}, view)
+		r.caughtUp(t, store, "balances")
+		ill.Store(true)
+		require.ErrorIs(t, r.Rebuild(t.Context(), "balances"), errInjected)
+		put(t, store, account("ann"), deposited{2})
+		r.caughtUp(t, store, "balances")
+		require.Equal(t, folded(t, store), rows(t, store, view))
+		require.NoError(t, r.stop())
+	})
 }
