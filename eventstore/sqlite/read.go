@@ -1,7 +1,6 @@
 package sqlite
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +26,7 @@ type scanner struct {
 	c     *conn
 	kinds *kinds
 	names *lru.Cache[int64, eventstore.Stream] // nil: do not remember names
+	room  []eventstore.Recorded                // empty: pages are built in it
 }
 
 // page is the outcome of one step of a scan.
@@ -78,6 +78,9 @@ func (r *scanner) page(q eventstore.Query, at span, most int) (page, error) {
 		}
 		out.reached = event.Position
 		if q.Matches(&event) {
+			if out.events == nil {
+				out.events = r.room
+			}
 			out.events = append(out.events, event)
 		}
 		return len(out.events) < most, nil
@@ -267,7 +270,7 @@ func (r *scanner) decode(s *statement) (eventstore.Recorded, error) {
 		event.Tags = strings.Split(string(tags), "\n")
 	}
 	if metadata := s.view(7); len(metadata) > 0 {
-		if err := jsonv1.Unmarshal(bytes.Clone(metadata), &event.Metadata); err != nil {
+		if err := jsonv1.Unmarshal(metadata, &event.Metadata); err != nil {
 			return fail(fmt.Errorf("metadata: %w", err))
 		}
 	}
@@ -364,6 +367,7 @@ func (s *Store) Read(ctx context.Context, q eventstore.Query, o eventstore.ReadO
 			at.through = min(head, o.Through)
 		}
 		left := o.Limit
+		var p page
 		for at.after < at.through {
 			if err := ctx.Err(); err != nil {
 				fail(err)
@@ -373,8 +377,12 @@ func (s *Store) Read(ctx context.Context, q eventstore.Query, o eventstore.ReadO
 			if o.Limit > 0 {
 				most = min(most, left)
 			}
-			var p page
-			if err := s.scan(ctx, func(r *scanner) (err error) { p, err = r.page(q, at, most); return err }); err != nil {
+			err := s.scan(ctx, func(r *scanner) (err error) {
+				r.room = p.events[:0]
+				p, err = r.page(q, at, most)
+				return err
+			})
+			if err != nil {
 				fail(err)
 				return
 			}

@@ -232,7 +232,7 @@ func (s *Store) dialReader() (*conn, error) {
 		return nil, fmt.Errorf("open a reader of %q: %w", s.path, err)
 	}
 	c.install()
-	if err := c.exec("PRAGMA query_only = 1; PRAGMA busy_timeout = 0; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8192;"); err != nil {
+	if err := c.exec("PRAGMA query_only = 1; PRAGMA busy_timeout = 0; PRAGMA temp_store = MEMORY; PRAGMA cache_size = -8192; PRAGMA mmap_size = 268435456;"); err != nil {
 		c.close()
 		return nil, fmt.Errorf("open a reader of %q: %w", s.path, err)
 	}

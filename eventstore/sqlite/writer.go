@@ -49,6 +49,8 @@ type writer struct {
 type streamHead struct {
 	id       int64 // 0: the stream does not exist
 	revision eventstore.Revision
+	noted    *entry // the last commit that touched it, and where its receipt says so
+	at       int
 }
 
 // mostHeads bounds the streams whose head is kept in memory.
@@ -346,7 +348,7 @@ func (w *writer) apply(e *entry) error {
 	}
 	e.receipt = eventstore.Receipt{First: w.head + 1, Last: w.head + eventstore.Position(len(c.Events)), Fingerprint: c.Fingerprint}
 	for i := range c.Events {
-		if err := w.insert(&c.Events[i], &e.encoded[i], &e.receipt); err != nil {
+		if err := w.insert(e, i); err != nil {
 			return err
 		}
 	}
@@ -430,8 +432,9 @@ func (w *writer) stream(name eventstore.Stream) (*streamHead, error) {
 	return h, nil
 }
 
-// insert writes one event behind the head.
-func (w *writer) insert(event *eventstore.Event, e *encoded, receipt *eventstore.Receipt) error {
+// insert writes one event of the commit behind the head.
+func (w *writer) insert(e *entry, i int) error {
+	event, encoded := &e.commit.Events[i], &e.encoded[i]
 	stream, err := w.stream(event.Stream)
 	if err != nil {
 		return err
@@ -457,7 +460,7 @@ func (w *writer) insert(event *eventstore.Event, e *encoded, receipt *eventstore
 		return err
 	}
 	err = errors.Join(s.bindInt64(0, int64(position)), s.bindInt64(1, stream.id), s.bindInt64(2, int64(version)), s.bindInt64(3, kindID),
-		s.bindBlob(4, event.ID[:]), s.bindInt64(5, event.Time.UnixNano()), s.bindTextBytes(6, e.tags), s.bindTextBytes(7, e.metadata), s.bindBlob(8, event.Data))
+		s.bindBlob(4, event.ID[:]), s.bindInt64(5, event.Time.UnixNano()), s.bindTextBytes(6, encoded.tags), s.bindTextBytes(7, encoded.metadata), s.bindBlob(8, event.Data))
 	if err == nil {
 		_, err = s.step()
 	}
@@ -472,7 +475,11 @@ func (w *writer) insert(event *eventstore.Event, e *encoded, receipt *eventstore
 	}
 	w.head = position
 	stream.revision = eventstore.Revision{Version: version, Position: position}
-	note(receipt, event.Stream, stream.revision)
+	if stream.noted != e {
+		stream.noted, stream.at = e, len(e.receipt.Revisions)
+		e.receipt.Revisions = append(e.receipt.Revisions, eventstore.StreamRevision{Stream: event.Stream})
+	}
+	e.receipt.Revisions[stream.at].Revision = stream.revision
 	w.recorded = append(w.recorded, eventstore.Recorded{
 		ID: event.ID, Stream: event.Stream, Version: version, Position: position,
 		Type: event.Type, Tags: event.Tags, Data: event.Data, Metadata: event.Metadata, Time: event.Time,
