@@ -404,6 +404,7 @@ func (w *sagaWorker) evaluate(r *row) {
 		if w.rows[r.ID] == r {
 			delete(w.rows, r.ID)
 		}
+	case r.Status == StatusBlocked:
 	case r.Status == StatusRunning && r.Version > 0 && r.spent == r.Version:
 		// Its last activation had nothing to do: history and index disagree. Starting
 		// it again would change nothing, until the next event does.

@@ -335,6 +335,20 @@ func (s *Spec) Engine() *saga.Engine {
 	return s.engine
 }
 
+// Streams returns everything that is in the log, by stream.
+func (s *Spec) Streams() map[eventstore.Stream][]eventstore.Recorded {
+	s.t.Helper()
+	s.settle()
+	all := map[eventstore.Stream][]eventstore.Recorded{}
+	for r, err := range s.store.Read(context.Background(), eventstore.All(), eventstore.ReadOptions{}) {
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		all[r.Stream] = append(all[r.Stream], r)
+	}
+	return all
+}
+
 // Now returns the time of the story.
 func (s *Spec) Now() time.Time { return s.clock.Now() }
 
