@@ -34,8 +34,9 @@ type Options struct {
 	// Defaults to 65,536; a negative number keeps none.
 	CachedAggregates int
 	// PipelineDepth is how many commits of one aggregate may be on their way at
-	// once. Defaults to 64; 1 waits for each commit before deciding the next. Stores
-	// that cannot take commits in order without waiting have 1.
+	// once. Defaults to 256; 1 waits for each commit before deciding the next. Stores
+	// that cannot take commits in order without waiting have 1. After a conflict
+	// with another writer it begins at 1 again and doubles with each success.
 	PipelineDepth int
 	// Attempts is how often a command is decided at most when other writers keep
 	// getting in between. Defaults to 10.
@@ -56,7 +57,7 @@ func (o Options) withDefaults() Options {
 		o.CachedAggregates = 65536
 	}
 	if o.PipelineDepth <= 0 {
-		o.PipelineDepth = 64
+		o.PipelineDepth = 256
 	}
 	if o.Attempts <= 0 {
 		o.Attempts = 10
