@@ -152,8 +152,8 @@ func (r *scanner) direct(a *arm, at span, limit int, consider func(*statement) (
 	}
 }
 
-// merged reads several indexes as one.
-func (r *scanner) merged(arms []arm, at span, limit int, consider func(*statement) (bool, error)) error {
+// candidates merges several indexes into up to limit positions.
+func (r *scanner) candidates(arms []arm, at span, limit int) ([]int64, error) {
 	var found []int64
 	groups := 0
 	for group := range slices.Chunk(arms, mostArms) {
@@ -164,16 +164,17 @@ func (r *scanner) merged(arms []arm, at span, limit int, consider func(*statemen
 		}
 		s, err := r.c.prepare(positions(group, at.backward))
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if err := s.bindAll(append(args, limit)); err != nil {
-			return err
+			s.reset()
+			return nil, err
 		}
 		for {
 			more, err := s.step()
 			if err != nil {
 				s.reset()
-				return err
+				return nil, err
 			}
 			if !more {
 				break
@@ -189,6 +190,15 @@ func (r *scanner) merged(arms []arm, at span, limit int, consider func(*statemen
 			slices.Reverse(found)
 		}
 		found = found[:min(limit, len(found))]
+	}
+	return found, nil
+}
+
+// merged reads several indexes as one.
+func (r *scanner) merged(arms []arm, at span, limit int, consider func(*statement) (bool, error)) error {
+	found, err := r.candidates(arms, at, limit)
+	if err != nil {
+		return err
 	}
 	s, err := r.c.prepare("SELECT " + columns + " FROM deed_events e WHERE e.position = ?")
 	if err != nil {

@@ -388,11 +388,33 @@ func (w *writer) check(c *eventstore.Condition) (*eventstore.ConflictError, erro
 	return nil, nil
 }
 
+// fewRecent is how many events are compared in memory rather than looked up.
+const fewRecent = 256
+
 // firstMatch returns the position of the first event after the position that
-// matches; 0 if none does.
+// matches; 0 if none does. It sees the batch so far.
 func (w *writer) firstMatch(q eventstore.Query, after eventstore.Position) (eventstore.Position, error) {
+	if after >= w.head {
+		return 0, nil
+	}
+	if w.head-after <= fewRecent {
+		if found, ok := w.recentMatch(q, after); ok {
+			return found, nil
+		}
+	}
 	r := w.scanner()
+	p, err := makePlan(q, r.kinds, r.stream)
+	if err != nil || len(p.arms) == 0 && !p.everything {
+		return 0, err
+	}
 	at := span{after: after, through: w.head}
+	if p.exact && !p.everything {
+		found, err := r.candidates(p.arms, at, 1)
+		if err != nil || len(found) == 0 {
+			return 0, err
+		}
+		return eventstore.Position(found[0]), nil
+	}
 	for at.after < at.through {
 		p, err := r.page(q, at, 1)
 		if err != nil {
@@ -407,6 +429,22 @@ func (w *writer) firstMatch(q eventstore.Query, after eventstore.Position) (even
 		at = at.rest(p.reached)
 	}
 	return 0, nil
+}
+
+// recentMatch is firstMatch in memory; false if not all events are there.
+func (w *writer) recentMatch(q eventstore.Query, after eventstore.Position) (eventstore.Position, bool) {
+	recent := w.store.tail.Since(after)
+	if !recent.Complete {
+		return 0, false
+	}
+	for _, events := range append(recent.Events, w.recorded) {
+		for i := range events {
+			if events[i].Position > after && q.Matches(&events[i]) {
+				return events[i].Position, true
+			}
+		}
+	}
+	return 0, true
 }
 
 // stream returns the head of a stream, from memory if it is there.
