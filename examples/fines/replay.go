@@ -18,7 +18,7 @@ var errInterrupted = errors.New("interrupted")
 
 // inFlight is how many fines are judged at once. The commits that are in
 // flight together share a sync of the file.
-const inFlight = 256
+const inFlight = 1024
 
 // start opens the application on a store. Its clock goes on where the store's
 // last event left it.

@@ -93,10 +93,10 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 	if err != nil {
 		return err
 	}
-	if receipt.Revision(orders.Stream(*order)).Version == 1 {
-		fmt.Fprintf(stdout, "%s is placed\n", *order)
-	} else {
+	if receipt.First == 0 { // nothing happened
 		fmt.Fprintf(stdout, "%s was placed before\n", *order)
+	} else {
+		fmt.Fprintf(stdout, "%s is placed\n", *order)
 	}
 	// A server would go on serving. Here we wait until all that the order causes is
 	// done.

@@ -7,9 +7,9 @@ import (
 	"io"
 	"net"
 	"net/mail"
-	"net/url"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/emersion/go-smtp"
 )
@@ -31,13 +31,17 @@ func startSink(folder string, out io.Writer) (*sink, error) {
 	if err != nil {
 		return nil, err
 	}
+	return serve(listener, folder, out), nil
+}
+
+func serve(listener net.Listener, folder string, out io.Writer) *sink {
 	server := smtp.NewServer(smtp.BackendFunc(func(*smtp.Conn) (smtp.Session, error) {
 		return &session{folder: folder, out: out}, nil
 	}))
 	server.Domain = "localhost"
 	s := &sink{Port: listener.Addr().(*net.TCPAddr).Port, server: server, served: make(chan error, 1)}
 	go func() { s.served <- server.Serve(listener) }()
-	return s, nil
+	return s
 }
 
 // Close stops the server.
@@ -74,7 +78,10 @@ func (s *session) Data(r io.Reader) error {
 		return err
 	}
 	id := message.Header.Get("Message-ID")
-	file, err := os.OpenFile(filepath.Join(s.folder, url.QueryEscape(id)+".eml"), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if id == "" {
+		return errors.New("the mail has no Message-ID, by which it is kept")
+	}
+	file, err := os.OpenFile(filepath.Join(s.folder, fileName(id)), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if errors.Is(err, os.ErrExist) {
 		fmt.Fprintf(s.out, "mailbox: the mail %s is here already\n", id)
 		return nil
@@ -88,6 +95,16 @@ func (s *session) Data(r io.Reader) error {
 	}
 	fmt.Fprintf(s.out, "mailbox: got %q for %s, %s\n", message.Header.Get("Subject"), s.to, id)
 	return nil
+}
+
+// fileName keeps of a Message-ID what every file system takes.
+func fileName(id string) string {
+	return strings.Map(func(c rune) rune {
+		if strings.ContainsRune("<>:\"/\\|?* ", c) {
+			return '_'
+		}
+		return c
+	}, strings.Trim(id, "<>")) + ".eml"
 }
 
 func (s *session) Reset()        { s.to = nil }
