@@ -168,7 +168,7 @@ func (a *activation[S]) load(c *call[S]) error {
 	fresh := a.calls.Load()
 	h, err := load(a.runtime.detach(c.ctx), a.runtime, a.def, a.stream)
 	if err != nil {
-		return err
+		return a.runtime.unlessAbandoned(err)
 	}
 	a.loaded, a.state, a.tip, a.tipLast, a.durable = true, h.state, h.at.Version, h.last, h.at
 	a.fresh = fresh
@@ -337,7 +337,7 @@ func (a *activation[S]) isCurrent(c *call[S]) (bool, error) {
 	o := eventstore.ReadOptions{After: a.durable.Position, Limit: 1}
 	for e, err := range a.runtime.store.Read(a.runtime.detach(c.ctx), eventstore.OneStream(a.stream), o) {
 		if err != nil {
-			return false, fmt.Errorf("look for news of %q: %w", a.stream, err)
+			return false, a.runtime.unlessAbandoned(fmt.Errorf("look for news of %q: %w", a.stream, err))
 		}
 		ours := slices.ContainsFunc(a.entries, func(later *call[S]) bool { return later.kind == commit && later.commit.Events[0].ID == e.ID })
 		if !ours {

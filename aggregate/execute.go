@@ -200,6 +200,15 @@ func (r *Runtime) detach(ctx context.Context) context.Context {
 	return detached{r.life, context.WithoutCancel(ctx)}
 }
 
+// unlessAbandoned keeps the end of the runtime's context, which nobody outside
+// knows, from looking like the end of the caller's.
+func (r *Runtime) unlessAbandoned(err error) error {
+	if r.life.Err() != nil && errors.Is(err, context.Canceled) {
+		return ErrStopped
+	}
+	return err
+}
+
 // enqueue hands the commit to the store.
 func (r *Runtime) enqueue(ctx context.Context, c eventstore.Commit) *eventstore.Pending {
 	if r.enqueuer != nil {
