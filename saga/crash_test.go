@@ -88,6 +88,15 @@ func checkout(g *gateway, decline bool) *saga.Definition[string, string] {
 
 func TestCrash_CompletedCheckout(t *testing.T) {
 	t.Parallel()
+	for _, b := range backends {
+		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
+			crashCompletedCheckout(t, sagatest.On(func(t testing.TB) sagatest.Backend { return b.open(t) }))
+		})
+	}
+}
+
+func crashCompletedCheckout(t *testing.T, on sagatest.Option) {
 	var g *gateway
 	sagatest.CrashEverywhere(t,
 		func() sagatest.Process {
@@ -109,11 +118,20 @@ func TestCrash_CompletedCheckout(t *testing.T) {
 			g.sameKey(t, "charge")
 			g.sameKey(t, "mail")
 			require.Empty(t, g.calls["refund"])
-		})
+		}, on)
 }
 
 func TestCrash_FailedCheckout(t *testing.T) {
 	t.Parallel()
+	for _, b := range backends {
+		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
+			crashFailedCheckout(t, sagatest.On(func(t testing.TB) sagatest.Backend { return b.open(t) }))
+		})
+	}
+}
+
+func crashFailedCheckout(t *testing.T, on sagatest.Option) {
 	var g *gateway
 	sagatest.CrashEverywhere(t,
 		func() sagatest.Process { g = newGateway(); g.fail["refund"] = 2; return checkout(g, true) },
@@ -127,7 +145,10 @@ func TestCrash_FailedCheckout(t *testing.T) {
 		func(t testing.TB) {
 			g.sameKey(t, "charge")
 			g.sameKey(t, "refund")
-		})
+			// Reversed: the first refund comes after the charge.
+			require.Equal(t, "charge", g.order[0])
+			require.Equal(t, "refund", g.order[len(g.order)-1])
+		}, on)
 }
 
 func TestCrash_Timeout(t *testing.T) {

@@ -1,6 +1,7 @@
 package saga
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -198,11 +199,9 @@ type record struct {
 type history struct {
 	started   payload
 	startedAt time.Time
-	startedID string
 	meta      eventstore.Metadata
 	position  eventstore.Position // of the started event
 	revision  eventstore.Revision
-	last      time.Time
 	records   []*record
 	// carried are the outcomes of steps of compensations that are tried again.
 	carried map[stepID]*record
@@ -214,46 +213,70 @@ type history struct {
 
 var errNewerHistory = errors.New("history was written by a newer program: deploy that first")
 
+// read takes the whole stream.
+func (h *history) read(ctx context.Context, store eventstore.Store, stream eventstore.Stream) error {
+	for r, err := range store.Read(ctx, eventstore.OneStream(stream), eventstore.ReadOptions{}) {
+		if err != nil {
+			return err
+		}
+		if err := h.add(&r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // add takes the next event of the stream.
 func (h *history) add(r *eventstore.Recorded) error {
 	p, err := decodePayload(r)
 	if err != nil {
 		return err
 	}
-	if h.revision.Version == 0 && r.Type != typeStarted {
-		return fmt.Errorf("%w: stream %q begins with %q, not %q: it was not written by a saga", eventstore.ErrInvalid, r.Stream, r.Type, typeStarted)
-	}
-	h.revision, h.last = r.Revision(), r.Time
-	switch r.Type {
-	case typeStarted:
+	if h.revision.Version == 0 {
+		if r.Type != typeStarted {
+			return fmt.Errorf("%w: stream %q begins with %q, not %q: it was not written by a saga", eventstore.ErrInvalid, r.Stream, r.Type, typeStarted)
+		}
 		if p.Format > historyFormat {
 			return fmt.Errorf("%w: stream %q has format %d, this program knows up to %d", errNewerHistory, r.Stream, p.Format, historyFormat)
 		}
-		h.started, h.startedAt, h.startedID, h.meta, h.position = p, r.Time, r.ID.String(), r.Metadata, r.Position
+		h.meta = r.Metadata
+	}
+	if err := h.apply(r.Type, &p, r.Time, r.Revision()); err != nil {
+		return fmt.Errorf("%w at version %d of stream %q", err, r.Version, r.Stream)
+	}
+	return nil
+}
+
+// apply takes the next event, decoded.
+func (h *history) apply(eventType string, p *payload, at time.Time, revision eventstore.Revision) error {
+	h.revision = revision
+	switch eventType {
+	case typeStarted:
+		h.started, h.startedAt, h.position = *p, at, revision.Position
 	case typeTimerSet, typeAwaitSet:
-		rec := h.step(&p)
-		rec.set = p
+		rec := h.step(p)
+		rec.set = *p
 	case typeAttemptFailed:
-		rec := h.step(&p)
+		rec := h.step(p)
 		rec.attempts = p.Attempt
 		if p.Due != nil {
 			rec.retryAt = *p.Due
 		}
 	case typeTimerFired, typeAwaitReceived, typeAwaitTimedOut, typeStepSucceeded, typeStepFailed,
 		typeRollbackAdded, typeSettled, typeRollbackBegan, typeCompensated:
-		rec := h.step(&p)
-		rec.outcome, rec.at, rec.result = r.Type, r.Time, p
+		rec := h.step(p)
+		rec.outcome, rec.at, rec.result = eventType, at, *p
 	case typeBlocked:
-		h.blocked = &p
+		h.blocked = p
 	case typeResumed:
 		if h.blocked != nil && h.blocked.Cause == causeCompensation && h.blocked.Step != nil {
 			h.retry(h.blocked.Step.In)
 		}
 		h.blocked = nil
 	case typeCompleted, typeFailed:
-		h.finished, h.finishedType = &p, r.Type
+		h.finished, h.finishedType = p, eventType
 	default:
-		return fmt.Errorf("%w: event %q at version %d of stream %q", errNewerHistory, r.Type, r.Version, r.Stream)
+		return fmt.Errorf("%w: event %q", errNewerHistory, eventType)
 	}
 	return nil
 }

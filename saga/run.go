@@ -41,6 +41,9 @@ type Run struct {
 	h      *history
 	next   int // the next record to match
 	buffer []eventstore.Event
+	// written are the payloads of the buffer; the history takes them once they
+	// are durable.
+	written []*payload
 	// urgent says that the buffer holds what could come out otherwise if it were
 	// lost; it must be durable before anything is done that depends on it.
 	urgent    bool
@@ -56,7 +59,6 @@ type Run struct {
 	inStep    string
 	misuse    atomic.Pointer[string]
 	outcome   outcome
-	durable   func()               // called after each flush
 	replay    *eventstore.Encoding // without env
 }
 
@@ -547,6 +549,7 @@ func (r *Run) emit(eventType string, p *payload) time.Time {
 		Stream: r.stream, Type: eventType, Data: data, Time: at,
 		Metadata: eventstore.Metadata{CorrelationID: r.h.meta.CorrelationID, CausationID: r.h.meta.CausationID, Actor: r.h.meta.Actor},
 	})
+	r.written = append(r.written, p)
 	const most = 500
 	if len(r.buffer) >= most {
 		r.flush()
@@ -571,19 +574,22 @@ func (r *Run) write() outcome {
 	})
 	switch {
 	case err == nil:
-		r.buffer, r.urgent = nil, false
-		if r.h.revision.Version == 0 {
-			r.h.position = receipt.First
+		n := uint64(len(r.buffer))
+		last := receipt.Revision(r.stream)
+		for i, p := range r.written {
+			behind := n - 1 - uint64(i)
+			at := eventstore.Revision{Version: last.Version - behind, Position: last.Position - eventstore.Position(behind)}
+			if err := r.h.apply(r.buffer[i].Type, p, r.buffer[i].Time, at); err != nil {
+				return outcome{kind: broken, err: err}
+			}
 		}
-		r.h.revision = receipt.Revision(r.stream)
-		if r.durable != nil {
-			r.durable()
-		}
+		r.h.revision = last
+		r.buffer, r.written, r.urgent = nil, nil, false
 		return outcome{}
 	case errors.Is(err, eventstore.ErrConflict):
 		return outcome{kind: conflicted, err: err}
 	case errors.Is(err, eventstore.ErrTooLarge), errors.Is(err, eventstore.ErrInvalid):
-		r.buffer = nil
+		r.buffer, r.written = nil, nil
 		return outcome{kind: blocked, cause: causeCode, reason: fmt.Sprintf("its history cannot be written: %v", err)}
 	}
 	return outcome{kind: broken, err: err}
@@ -601,6 +607,7 @@ func (r *Run) execute() outcome {
 // runCode is the outermost function of every goroutine that runs a saga's code.
 func runCode(r *Run, done chan<- struct{}) {
 	defer close(done)
+	growStack(len(r.saga))
 	returned := false
 	defer func() {
 		p := recover()
@@ -619,6 +626,15 @@ func runCode(r *Run, done chan<- struct{}) {
 	result, err := r.code(r, r.h.started.In)
 	r.end(result, err)
 	returned = true
+}
+
+// growStack makes room for the code at once, while there is nothing on the
+// stack to move; it would grow in several steps otherwise.
+//
+//go:noinline
+func growStack(n int) byte {
+	var room [12 << 10]byte
+	return room[n&0xfff]
 }
 
 // end records how the code ended, after rolling back if it failed.

@@ -504,12 +504,24 @@ func (w *runner) pump() {
 }
 
 func (w *runner) work(ctx context.Context, j job) {
-	j.run(ctx)
-	w.mu.Lock()
+	for {
+		j.run(ctx)
+		w.mu.Lock()
+		w.ledger.finish(j.entry)
+		if w.stopping || len(w.queue) == 0 {
+			break
+		}
+		// Go on with the next one on this goroutine, whose stack has grown already.
+		j = w.queue[0]
+		w.queue[0] = job{}
+		w.queue = w.queue[1:]
+		if len(w.queue) <= 8*w.limit {
+			poke(w.room)
+		}
+		w.mu.Unlock()
+	}
 	defer w.mu.Unlock()
 	w.active--
-	w.ledger.finish(j.entry)
-	w.pump()
 	w.notify()
 	if w.active == 0 && w.idle != nil {
 		close(w.idle)

@@ -81,6 +81,7 @@ type row struct {
 	dirty   bool
 	touched bool
 	keys    []string // in the index of watches
+	history *history // of a run that waits, if there is room; nobody else uses it
 }
 
 func (r *row) done() bool { return r.Status == StatusCompleted || r.Status == StatusFailed }
@@ -197,13 +198,16 @@ type sagaWorker struct {
 	watches  map[string]map[*row]struct{} // by key
 	watched  map[string]bool              // stored types that were ever waited for
 	watchAll []string
+	cached   int // histories that rows hold
+
+	histories int // the most of them
 }
 
 func newSagaWorker(e *Engine, b *blueprint) (*sagaWorker, error) {
 	w := &sagaWorker{
 		saga: b, category: category(b.name), starts: map[string]*trigger{},
 		rows:    map[string]*row{},
-		watches: map[string]map[*row]struct{}{}, watched: map[string]bool{},
+		watches: map[string]map[*row]struct{}{}, watched: map[string]bool{}, histories: e.options.CachedRuns,
 	}
 	for i := range b.triggers {
 		t := &b.triggers[i]
@@ -302,6 +306,9 @@ func (w *sagaWorker) routeHistory(e *eventstore.Recorded) (bool, error) {
 	}
 	if e.Version <= r.Version {
 		return false, nil
+	}
+	if r.history != nil && r.history.revision.Version < e.Version {
+		w.uncache(r) // somebody else has written it
 	}
 	w.unwatch(r)
 	if err := r.fold(e); err != nil {
@@ -402,6 +409,7 @@ func (w *sagaWorker) evaluate(r *row) {
 	switch {
 	case r.done():
 		if w.rows[r.ID] == r {
+			w.uncache(r)
 			delete(w.rows, r.ID)
 		}
 	case r.Status == StatusBlocked:
@@ -561,11 +569,30 @@ func (w *sagaWorker) changes() changes {
 // start gets the run going in a job.
 func (w *sagaWorker) start(r *row) {
 	r.active = true
-	a := activation{trigger: r.Trigger, found: r.Found, event: r.event}
+	a := activation{trigger: r.Trigger, found: r.Found, event: r.event, history: r.history}
+	w.uncache(r)
 	if r.Scanned {
 		a.routed = w.position
 	}
 	w.submit(func(ctx context.Context) { w.activate(ctx, r, a) })
+}
+
+// cache keeps the history of a run that was put aside, while there is room.
+// What was kept first stays: with equal timers it is also needed first. A
+// history that is out of date does no harm, since the append that builds on it
+// is refused.
+func (w *sagaWorker) cache(r *row, h *history) {
+	if h != nil && w.cached < w.histories && r.history == nil && w.rows[r.ID] == r {
+		r.history = h
+		w.cached++
+	}
+}
+
+func (w *sagaWorker) uncache(r *row) {
+	if r.history != nil {
+		r.history = nil
+		w.cached--
+	}
 }
 
 // activation says why a run goes on.
@@ -574,18 +601,25 @@ type activation struct {
 	found   eventstore.Position  // give it this event
 	event   *eventstore.Recorded // one of the two, if it is at hand
 	routed  eventstore.Position  // events up to here have been offered to it
+	history *history             // as it was when the run was put aside, if it is at hand
 }
 
 // activate runs the saga's code from its history on as far as it gets.
 func (w *sagaWorker) activate(ctx context.Context, r *row, a activation) {
 	var version uint64
 	var o outcome
+	var kept *history
 	foreign := false // the history was there before its trigger came
 	for failures, conflicts := 0, 0; ; {
 		var err error
-		version, o, err = w.attempt(ctx, r.ID, a)
+		var h *history
+		version, o, h, err = w.attempt(ctx, r.ID, a)
+		a.history = nil
 		if version > 0 {
 			a.trigger = 0
+		}
+		if err == nil && o.kind == suspended {
+			kept = h
 		}
 		if err == nil && o.kind == broken {
 			err = o.err
@@ -618,8 +652,11 @@ func (w *sagaWorker) activate(ctx context.Context, r *row, a activation) {
 		w.touchQuietly(r)
 		return
 	}
-	if o.kind == suspended && version == r.Version {
-		r.spent = version
+	if o.kind == suspended {
+		w.cache(r, kept)
+		if version == r.Version {
+			r.spent = version
+		}
 	}
 	w.evaluate(r)
 }
@@ -638,33 +675,30 @@ func (w *sagaWorker) retry(ctx context.Context, n int, r *row, err error) bool {
 }
 
 // attempt is one activation. It returns the version of the history that it has
-// seen or written, and how it ended.
-func (w *sagaWorker) attempt(ctx context.Context, id string, a activation) (uint64, outcome, error) {
+// seen or written, how it ended, and the history.
+func (w *sagaWorker) attempt(ctx context.Context, id string, a activation) (uint64, outcome, *history, error) {
 	var err error
 	event := a.event
 	if at := max(a.trigger, a.found); at != 0 && (event == nil || event.Position != at) {
 		if event, err = w.eventAt(ctx, at); err != nil {
-			return 0, outcome{}, err
+			return 0, outcome{}, nil, err
 		}
 	}
 	stream := w.saga.stream(id)
 	run := &Run{saga: w.saga.name, stream: stream, ctx: ctx, env: w.env, code: w.saga.code, h: &history{}, routed: a.routed}
 	if a.trigger != 0 {
 		if err := run.begin(w.starts, event); err != nil {
-			return 0, outcome{}, err
+			return 0, outcome{}, nil, err
 		}
 	} else {
-		for e, err := range w.env.store.Read(ctx, eventstore.OneStream(stream), eventstore.ReadOptions{}) {
-			if err != nil {
-				return 0, outcome{}, err
-			}
-			if err := run.h.add(&e); err != nil {
-				return 0, outcome{}, err
-			}
+		if a.history != nil {
+			run.h = a.history
+		} else if err := run.h.read(ctx, w.env.store, stream); err != nil {
+			return 0, outcome{}, nil, err
 		}
 		version := run.h.revision.Version
 		if version == 0 || run.h.finished != nil || run.h.blocked != nil && run.h.blocked.Cause == causeCompensation {
-			return version, outcome{kind: suspended}, nil
+			return version, outcome{kind: suspended}, nil, nil
 		}
 		if a.found != 0 {
 			run.event = event
@@ -683,7 +717,7 @@ func (w *sagaWorker) attempt(ctx context.Context, id string, a activation) (uint
 			run.blocked(o)
 		}
 	case abandoned, conflicted, broken:
-		return run.h.revision.Version, o, nil
+		return run.h.revision.Version, o, nil, nil
 	}
 	if last := run.write(); last.kind != running {
 		if last.kind == blocked {
@@ -691,10 +725,10 @@ func (w *sagaWorker) attempt(ctx context.Context, id string, a activation) (uint
 			last = run.write()
 		}
 		if last.kind != running {
-			return run.h.revision.Version, last, nil
+			return run.h.revision.Version, last, nil, nil
 		}
 	}
-	return run.h.revision.Version, o, nil
+	return run.h.revision.Version, o, run.h, nil
 }
 
 func (w *sagaWorker) eventAt(ctx context.Context, p eventstore.Position) (*eventstore.Recorded, error) {

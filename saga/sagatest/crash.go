@@ -7,15 +7,20 @@ import (
 	"time"
 
 	"github.com/deed-go/deed/eventstore"
-	"github.com/deed-go/deed/eventstore/memory"
 	"github.com/deed-go/deed/projection"
 )
+
+// Backend is a store with the state beside it.
+type Backend interface {
+	eventstore.Store
+	projection.State
+}
 
 // mortal is the store as one life of an engine sees it. It dies at a given
 // append, before or after it is written; from then on everything fails, as for
 // a process that is no more.
 type mortal struct {
-	store *memory.Store
+	store Backend
 
 	mu      sync.Mutex
 	appends int
@@ -31,7 +36,7 @@ var (
 	_ projection.State = (*mortal)(nil)
 )
 
-func newMortal(store *memory.Store, dieAt int, after bool) *mortal {
+func newMortal(store Backend, dieAt int, after bool) *mortal {
 	return &mortal{store: store, dieAt: dieAt, after: after, died: make(chan struct{})}
 }
 
@@ -128,7 +133,7 @@ func (m *mortal) Head(ctx context.Context) (eventstore.Position, error) {
 }
 
 // LogID implements eventstore.Identified.
-func (m *mortal) LogID(ctx context.Context) (string, error) { return m.store.LogID(ctx) }
+func (m *mortal) LogID(ctx context.Context) (string, error) { return eventstore.LogID(ctx, m.store) }
 
 // Update implements projection.State.
 func (m *mortal) Update(ctx context.Context, fn func(projection.StateTx) error) error {

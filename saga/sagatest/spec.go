@@ -29,6 +29,7 @@ type settings struct {
 	encoding *eventstore.Encoding
 	now      time.Time
 	also     []saga.Process
+	open     func(t testing.TB) Backend
 	store    bool
 }
 
@@ -38,6 +39,10 @@ func Encoding(e *eventstore.Encoding) Option { return func(s *settings) { s.enco
 // At sets the time at which the story begins. Defaults to the first moment of
 // 2000, UTC.
 func At(now time.Time) Option { return func(s *settings) { s.now = now } }
+
+// On tells the story on another store than one in memory. Open is called for
+// each story; it closes the store through t.Cleanup.
+func On(open func(t testing.TB) Backend) Option { return func(s *settings) { s.open = open } }
 
 // Also runs other processes beside the one under test.
 func Also(processes ...saga.Process) Option {
@@ -63,7 +68,7 @@ type Spec struct {
 	process Process
 	set     settings
 	clock   *clock.Manual
-	store   *memory.Store
+	store   Backend
 	given   map[eventstore.Stream]int
 
 	// One life of the engine.
@@ -85,12 +90,15 @@ const owner = "sagatest"
 // engine is stopped when the test ends.
 func For(t testing.TB, p Process, options ...Option) *Spec {
 	t.Helper()
-	s := &Spec{t: t, process: p, given: map[eventstore.Stream]int{}, set: settings{now: time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)}}
+	s := &Spec{t: t, process: p, given: map[eventstore.Stream]int{}, set: settings{
+		now:  time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC),
+		open: func(testing.TB) Backend { return memory.New() },
+	}}
 	for _, option := range options {
 		option(&s.set)
 	}
 	s.clock = clock.NewManual(s.set.now)
-	s.store = memory.New()
+	s.store = s.set.open(t)
 	t.Cleanup(s.stop)
 	return s
 }
