@@ -112,21 +112,6 @@ func (e *Engine) Add(p Process) error {
 // Workers returns what is to be run: one worker for each process.
 func (e *Engine) Workers() []worker.Worker { return slices.Clone(e.workers) }
 
-// Prepare decides, durably, where processes that are new begin in the log; with
-// [ErrUndecided] when the log holds events for one that was not told what to do
-// about them. Call it before anything else is appended and before the workers
-// are run, so that what is appended meanwhile is not taken for the past; an
-// application of package deed does.
-func (e *Engine) Prepare(ctx context.Context) error {
-	var problems []error
-	for _, built := range e.workers {
-		if p, ok := built.(interface{ prepare(context.Context) error }); ok {
-			problems = append(problems, p.prepare(ctx))
-		}
-	}
-	return errors.Join(problems...)
-}
-
 // Start starts a run of the saga and returns when that is durable. Starting
 // the id again does nothing, whatever the input: a run starts once.
 func Start[In, Out any](ctx context.Context, host Host, d *Definition[In, Out], id string, in In) error {

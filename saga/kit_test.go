@@ -137,8 +137,10 @@ func startBench(t testing.TB, store backend, c *clock.Manual, o saga.Options, pr
 	for _, p := range processes {
 		require.NoError(t, b.engine.Add(p))
 	}
-	require.NoError(t, b.engine.Prepare(context.Background()))
 	b.run()
+	for _, w := range b.engine.Workers() {
+		require.NoError(t, w.Ready(context.Background()))
+	}
 	t.Cleanup(func() { b.stop() })
 	return b
 }

@@ -186,11 +186,10 @@ func TestBeginning(t *testing.T) {
 		t.Parallel()
 		store := prepare(t)
 		for _, p := range []saga.Process{parcels, saga.React("welcome", newJournal().react)} {
-			err := engine(store, p).Prepare(t.Context())
+			err := engine(store, p).Workers()[0].Run(t.Context())
 			require.ErrorIs(t, err, saga.ErrUndecided)
 			require.ErrorContains(t, err, `the first is "order.placed" at position 1`)
 			require.ErrorContains(t, err, "say .FromStart() on its definition to handle them, or .FromNow() to leave them alone")
-			require.ErrorIs(t, engine(store, p).Workers()[0].Run(t.Context()), saga.ErrUndecided)
 		}
 	})
 	t.Run("from start", func(t *testing.T) {

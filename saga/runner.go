@@ -120,6 +120,7 @@ type runner struct {
 	full     chan struct{}
 	room     chan struct{}
 	opened   chan struct{} // closed when Run knows where it begins
+	openOnce sync.Once
 	stopped  chan struct{} // closed when Run has returned
 
 	mu         sync.Mutex
@@ -213,8 +214,7 @@ func (w *runner) run(ctx context.Context) error {
 		}
 		return err
 	}
-
-	close(w.opened)
+	w.openOnce.Do(func() { close(w.opened) })
 
 	following, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -256,19 +256,6 @@ func (w *runner) run(ctx context.Context) error {
 	return nil
 }
 
-// prepare decides where a new process begins.
-func (w *runner) prepare(ctx context.Context) error {
-	lease, err := w.state.Acquire(ctx, w.name, w.owner, w.ttl)
-	if errors.Is(err, projection.ErrLeaseHeld) {
-		return nil // another engine is at it, and has decided
-	}
-	if err != nil {
-		return fmt.Errorf("%s: %w", w.name, err)
-	}
-	defer func() { _ = w.state.Release(context.WithoutCancel(ctx), lease) }()
-	return w.open(ctx, lease)
-}
-
 // acquire waits for the lease.
 func (w *runner) acquire(ctx context.Context) (projection.Lease, error) {
 	for told := false; ; told = true {
@@ -280,6 +267,8 @@ func (w *runner) acquire(ctx context.Context) (projection.Lease, error) {
 			return lease, fmt.Errorf("%s: %w", w.name, err)
 		}
 		if !told {
+			// Another engine follows the log, and has found its place.
+			w.openOnce.Do(func() { close(w.opened) })
 			w.logger.Info("waiting for the lease", "worker", w.name, "reason", err)
 		}
 		if !pause(ctx, leaseRetry) {

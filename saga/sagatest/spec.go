@@ -121,15 +121,17 @@ func (s *Spec) start() {
 			s.t.Fatalf("the process cannot run: %v", err)
 		}
 	}
-	if err := s.engine.Prepare(context.Background()); err != nil && !s.mortal.isDead() {
-		s.t.Fatalf("the engine does not start: %v", err)
-	}
 	ctx, cancel := context.WithCancel(context.Background())
 	group := &sync.WaitGroup{}
 	for _, w := range s.engine.Workers() {
 		group.Go(func() { _ = w.Run(ctx) })
 	}
 	s.cancel, s.group = cancel, group
+	for _, w := range s.engine.Workers() {
+		if err := w.Ready(ctx); err != nil && !s.mortal.isDead() {
+			s.t.Fatalf("the engine does not start: %v", err)
+		}
+	}
 }
 
 func (s *Spec) stop() {
