@@ -102,14 +102,14 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 
 	db := o.db
 	if db == "" {
-		dir, err := os.MkdirTemp("", "fines-")
-		if err != nil {
+		var dir string
+		if dir, err = os.MkdirTemp("", "fines-"); err != nil {
 			return err
 		}
 		db = filepath.Join(dir, "fines.db")
 		defer func() {
 			if !errors.Is(err, errInterrupted) {
-				os.RemoveAll(dir)
+				err = errors.Join(err, os.RemoveAll(dir))
 			}
 		}()
 	}

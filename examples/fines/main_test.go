@@ -248,6 +248,15 @@ func TestInterrupted_SaysHowToContinue(t *testing.T) {
 	require.Equal(t, 130, program(ctx, []string{"-db", db}, &stdout, &stderr))
 	require.Equal(t, "interrupted after no date; continue with: -db "+db+"\n", stderr.String())
 	require.Empty(t, stdout.String())
+
+	// A temporary file is kept, too, until the replay is finished.
+	stderr.Reset()
+	require.Equal(t, 130, program(ctx, nil, &stdout, &stderr))
+	_, db, found := strings.Cut(strings.TrimSpace(stderr.String()), "continue with: -db ")
+	require.True(t, found, stderr.String())
+	defer os.RemoveAll(filepath.Dir(db))
+	require.Zero(t, program(t.Context(), []string{"-json", "-db", db}, &stdout, &stderr), stderr.String())
+	require.JSONEq(t, expectedSample(t), figures(t, stdout.Bytes()))
 }
 
 // TestSignal sends SIGINT to the program itself, at a moment left to chance.
@@ -257,7 +266,7 @@ func TestSignal(t *testing.T) {
 		t.Skip("interrupts cannot be sent to a process on Windows")
 	}
 	db := filepath.Join(t.TempDir(), "fines.db")
-	child, stdout, stderr := childProgram(t, "-json", "-db", db)
+	child, _, stderr := childProgram(t, "-json", "-db", db)
 	require.NoError(t, child.Start())
 	ended := make(chan error, 1)
 	go func() { ended <- child.Wait() }()
@@ -275,7 +284,7 @@ func TestSignal(t *testing.T) {
 			}
 		}
 	}
-	child, stdout, stderr = childProgram(t, "-json", "-db", db)
+	child, stdout, stderr := childProgram(t, "-json", "-db", db)
 	require.NoError(t, child.Run(), stderr)
 	require.JSONEq(t, expectedSample(t), figures(t, stdout.Bytes()))
 }

@@ -21,9 +21,9 @@ var errInterrupted = errors.New("interrupted")
 const inFlight = 1024
 
 // start opens the application on a store. Its clock goes on where the store's
-// last event left it.
+// last event left it; that of a new store begins before every log.
 func start(ctx context.Context, store eventstore.Store) (*deed.App, error) {
-	var clock time.Time
+	clock := time.Date(1900, time.January, 1, 0, 0, 0, 0, time.UTC)
 	for last, err := range store.Read(ctx, eventstore.All(), eventstore.ReadOptions{Backward: true, Limit: 1}) {
 		if err != nil {
 			return nil, err

@@ -19,6 +19,7 @@ import (
 
 // Events: things that happened, under the names they are stored by.
 type Opened struct{ Owner string }
+
 type Deposited struct{ Cents int64 }
 
 func (Opened) EventType() string    { return "account.opened" }
