@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"testing"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
@@ -31,8 +32,8 @@ func TestStore_Update_AppendsFirst(t *testing.T) {
 	<-running
 	second := update("second", func() {
 		head, err := s.Head(t.Context())
-		require.NoError(t, err)
-		require.EqualValues(t, 1, head, "the append was written before the second update")
+		assert.NoError(t, err)
+		assert.EqualValues(t, 1, head, "the append was written before the second update")
 	})
 	for s.updates.Len() == 0 {
 		runtime.Gosched()
@@ -82,15 +83,15 @@ func TestStore_Update_Savepoints(t *testing.T) {
 		return errors.Join(tx.Put("b", "lost", []byte("1")), tx.Put("a", "kept", []byte("2")), mistake)
 	})
 	run(func(tx projection.StateTx) error {
-		require.NoError(t, tx.Put("c", "lost", nil))
+		assert.NoError(t, tx.Put("c", "lost", nil))
 		panic("panicked")
 	})
 	run(func(tx projection.StateTx) error {
 		value, found, err := tx.Get("a", "kept")
-		require.True(t, found)
-		require.Equal(t, "1", string(value))
+		assert.True(t, found)
+		assert.Equal(t, "1", string(value))
 		_, found, err2 := tx.Get("b", "lost")
-		require.False(t, found)
+		assert.False(t, found)
 		return errors.Join(err, err2, tx.Put("b", "kept", []byte("1")))
 	})
 	go func() { // as t.FailNow does

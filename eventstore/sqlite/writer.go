@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	jsonv1 "github.com/go-json-experiment/json/v1"
+	"github.com/google/uuid"
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
 	"github.com/deed-go/deed/eventstore"
@@ -49,7 +50,8 @@ type writer struct {
 type streamHead struct {
 	id       int64 // 0: the stream does not exist
 	revision eventstore.Revision
-	noted    *entry // the last commit that touched it, and where its receipt says so
+	last     uuid.UUID // id of the last event
+	noted    *entry    // the last commit that touched it, and where its receipt says so
 	at       int
 }
 
@@ -382,7 +384,8 @@ func (w *writer) check(c *eventstore.Condition) (*eventstore.ConflictError, erro
 		}
 		return nil, nil
 	}
-	if actual.Version != c.Revision.Version || c.Revision.Position != 0 && actual.Position != c.Revision.Position {
+	if actual.Version != c.Revision.Version || c.Revision.Position != 0 && actual.Position != c.Revision.Position ||
+		c.LastEvent != uuid.Nil && c.LastEvent != stream.last {
 		return &eventstore.ConflictError{Kind: c.Kind, Stream: c.Stream, Expected: c.Revision, Actual: actual}, nil
 	}
 	return nil, nil
@@ -458,9 +461,10 @@ func (w *writer) stream(name eventstore.Stream) (*streamHead, error) {
 		return nil, err
 	}
 	if h.id != 0 {
-		_, err = w.c.row("SELECT version, position FROM deed_events INDEXED BY deed_events_stream WHERE stream = ? ORDER BY position DESC LIMIT 1",
+		_, err = w.c.row("SELECT version, position, id FROM deed_events INDEXED BY deed_events_stream WHERE stream = ? ORDER BY position DESC LIMIT 1",
 			func(s *statement) {
 				h.revision = eventstore.Revision{Version: uint64(s.int64(0)), Position: eventstore.Position(s.int64(1))}
+				copy(h.last[:], s.view(2))
 			}, h.id)
 		if err != nil {
 			return nil, err
@@ -512,7 +516,7 @@ func (w *writer) insert(e *entry, i int) error {
 		}
 	}
 	w.head = position
-	stream.revision = eventstore.Revision{Version: version, Position: position}
+	stream.revision, stream.last = eventstore.Revision{Version: version, Position: position}, event.ID
 	if stream.noted != e {
 		stream.noted, stream.at = e, len(e.receipt.Revisions)
 		e.receipt.Revisions = append(e.receipt.Revisions, eventstore.StreamRevision{Stream: event.Stream})
