@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/deed-go/deed/aggregate"
 	"github.com/deed-go/deed/command"
 	"github.com/deed-go/deed/eventstore"
@@ -69,7 +71,7 @@ type Spec struct {
 	set     settings
 	clock   *clock.Manual
 	store   Backend
-	given   map[eventstore.Stream]int
+	given   map[uuid.UUID]bool
 
 	// One life of the engine.
 	mortal  *mortal
@@ -90,7 +92,7 @@ const owner = "sagatest"
 // engine is stopped when the test ends.
 func For(t testing.TB, p Process, options ...Option) *Spec {
 	t.Helper()
-	s := &Spec{t: t, process: p, given: map[eventstore.Stream]int{}, set: settings{
+	s := &Spec{t: t, process: p, given: map[uuid.UUID]bool{}, set: settings{
 		now:  time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC),
 		open: func(testing.TB) Backend { return memory.New() },
 	}}
@@ -212,7 +214,6 @@ func (s *Spec) settleOnce() error {
 func (s *Spec) Given(category, id string, events ...aggregate.Event) *Spec {
 	s.t.Helper()
 	s.append(category, id, events)
-	s.given[eventstore.Stream{Category: category, ID: id}] += len(events)
 	if s.cancel != nil {
 		s.settle()
 	}
@@ -232,12 +233,13 @@ func (s *Spec) append(category, id string, events []aggregate.Event) {
 	s.t.Helper()
 	var commit eventstore.Commit
 	for _, e := range events {
-		event := eventstore.Event{Stream: eventstore.Stream{Category: category, ID: id}, Type: e.EventType(), Time: s.clock.Now()}
+		event := eventstore.Event{ID: uuid.New(), Stream: eventstore.Stream{Category: category, ID: id}, Type: e.EventType(), Time: s.clock.Now()}
 		data, err := s.set.encoding.Encode(event.Type, e, &event.Metadata)
 		if err != nil {
 			s.t.Fatalf("event %T: %v", e, err)
 		}
 		event.Data = data
+		s.given[event.ID] = true
 		if tagged, ok := e.(interface{ Tags() []string }); ok {
 			event.Tags = tagged.Tags()
 		}
@@ -503,8 +505,8 @@ func (s *Spec) Happened(category, id string, want ...aggregate.Event) *Spec {
 	s.settle()
 	stream := eventstore.Stream{Category: category, ID: id}
 	var got, wanted []string
-	for i, r := range s.read(stream) {
-		if i >= s.given[stream] {
+	for _, r := range s.read(stream) {
+		if !s.given[r.ID] {
 			got = append(got, r.Type+" "+string(r.Data))
 		}
 	}
