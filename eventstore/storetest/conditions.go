@@ -3,6 +3,7 @@ package storetest
 import (
 	"testing"
 
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
@@ -54,6 +55,51 @@ var conditionChecks = []check{
 			for n := range uint64(5) {
 				r := mustAppend(t, ctx, store, eventstore.Commit{Events: events(ann, 1), Conditions: []eventstore.Condition{eventstore.StreamAt(ann, eventstore.Revision{Version: n})}})
 				require.Equal(t, n+1, r.Revision(ann).Version)
+			}
+		},
+	},
+	{
+		name: "StreamAtEvent",
+		rule: "StreamAtEvent demands the id of the stream's last event beside the version: without it a commit would pass whose predecessor lost to a writer of as many events, decided on a history that never happened",
+		run: func(t testing.TB, s *suite) {
+			ctx, p := s.context(t), s.prepare(t)
+			store := p.open(t)
+			ann, bob := account("ann"), account("bob")
+			ours, theirs := events(ann, 2), events(ann, 1)
+			for i := range ours {
+				ours[i].ID = uuid.Must(uuid.NewV7())
+			}
+			theirs[0].ID = uuid.Must(uuid.NewV7())
+			mustAppend(t, ctx, store, eventstore.Commit{Events: theirs})
+			follow := func(c eventstore.Condition) error {
+				_, err := store.Append(ctx, eventstore.Commit{Events: events(ann, 1), Conditions: []eventstore.Condition{c}})
+				return err
+			}
+			unchanged(t, ctx, store, func() {
+				c := mustConflict(t, follow(eventstore.StreamAtEvent(ann, 1, ours[0].ID)))
+				require.Equal(t, ann, c.Stream)
+				require.Equal(t, uint64(1), c.Actual.Version, "the version is as expected, the last event is another one")
+				mustConflict(t, follow(eventstore.StreamAtEvent(ann, 2, theirs[0].ID)))
+			})
+			require.NoError(t, follow(eventstore.StreamAtEvent(ann, 1, theirs[0].ID)))
+			unchanged(t, ctx, store, func() {
+				mustConflict(t, follow(eventstore.StreamAtEvent(ann, 2, theirs[0].ID)))
+				_, err := store.Append(ctx, eventstore.Commit{Events: events(bob, 1), Conditions: []eventstore.Condition{eventstore.StreamAtEvent(bob, 0, theirs[0].ID)}})
+				require.ErrorIs(t, err, eventstore.ErrInvalid, "a stream that does not exist has no last event")
+			})
+			mustAppend(t, ctx, store, eventstore.Commit{Events: ours})
+			require.NoError(t, follow(eventstore.StreamAtEvent(ann, 4, ours[1].ID)), "the last event of a commit of several")
+
+			// In a fresh process what is known of the stream comes from storage.
+			if s.features.Reopen {
+				store = p.reopen(t)
+				last := eventstore.Recorded{}
+				for r, err := range store.Read(ctx, eventstore.OneStream(ann), eventstore.ReadOptions{Backward: true, Limit: 1}) {
+					require.NoError(t, err)
+					last = r
+				}
+				unchanged(t, ctx, store, func() { mustConflict(t, follow(eventstore.StreamAtEvent(ann, 5, ours[1].ID))) })
+				require.NoError(t, follow(eventstore.StreamAtEvent(ann, 5, last.ID)))
 			}
 		},
 	},

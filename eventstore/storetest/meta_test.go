@@ -332,6 +332,14 @@ var breakages = []breakage{
 		fails: []string{"Conditions/VersionAlone", "Enqueue/Pipelined"},
 	},
 	{
+		name: "the id of the last event is not checked", store: withCommit(func(c *eventstore.Commit) {
+			for i := range c.Conditions {
+				c.Conditions[i].LastEvent = uuid.Nil
+			}
+		}),
+		fails: []string{"Conditions/StreamAtEvent"},
+	},
+	{
 		name: "commits are written event by event", store: func(b *broken) {
 			b.append = func(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
 				var first eventstore.Receipt
