@@ -72,6 +72,7 @@ func (r *runner) setAside(ctx context.Context, lease Lease, it *item, cause erro
 		return err
 	}
 	r.parked[it.event.Stream] = struct{}{}
+	r.engine.telemetry.deadLetters.Add(ctx, 1, r.attributes)
 	r.engine.options.Logger.Error("projection set an event aside", "projection", r.projection.Name(),
 		"position", it.event.Position, "stream", it.event.Stream.String(), "type", it.event.Type, "error", cause)
 	r.progress.change(func() {

@@ -11,6 +11,9 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/clock"
@@ -62,6 +65,12 @@ type Options struct {
 	// one, up to RetryAtMost. Default to 100 ms and 30 s.
 	RetryAfter  time.Duration
 	RetryAtMost time.Duration
+
+	// TracerProvider makes a span for each batch of new events; catching up and
+	// rebuilding make none. MeterProvider counts events, retries and dead letters
+	// and shows the lag. Default to those set with OpenTelemetry's package otel.
+	TracerProvider trace.TracerProvider
+	MeterProvider  metric.MeterProvider
 }
 
 func (o Options) withDefaults() Options {
@@ -80,6 +89,12 @@ func (o Options) withDefaults() Options {
 	o.Attempts = positiveOr(o.Attempts, 5)
 	o.RetryAfter = positiveOr(o.RetryAfter, 100*time.Millisecond)
 	o.RetryAtMost = positiveOr(o.RetryAtMost, 30*time.Second)
+	if o.TracerProvider == nil {
+		o.TracerProvider = otel.GetTracerProvider()
+	}
+	if o.MeterProvider == nil {
+		o.MeterProvider = otel.GetMeterProvider()
+	}
 	return o
 }
 
@@ -95,9 +110,10 @@ func positiveOr[T int | time.Duration](value, fallback T) T {
 //
 // It starts nothing by itself: an application runs the [Engine.Workers].
 type Engine struct {
-	store   eventstore.Store
-	state   State
-	options Options
+	store     eventstore.Store
+	state     State
+	options   Options
+	telemetry *telemetry
 
 	mu      sync.Mutex
 	runners []*runner
@@ -105,7 +121,9 @@ type Engine struct {
 
 // NewEngine returns an engine without projections.
 func NewEngine(store eventstore.Store, state State, o Options) *Engine {
-	return &Engine{store: store, state: state, options: o.withDefaults()}
+	e := &Engine{store: store, state: state, options: o.withDefaults()}
+	e.telemetry = newTelemetry(&e.options)
+	return e
 }
 
 // Add registers a projection. It refuses definitions with mistakes and names

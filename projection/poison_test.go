@@ -83,6 +83,10 @@ func TestInvariant9_PoisonIsSetAside(t *testing.T) {
 
 		r.caughtUp(t, store, "balances")
 		require.Equal(t, 1500*time.Millisecond, time.Since(began), "pauses of 100, 200, 400 and 800 ms")
+		synctest.Wait()
+		status, err = r.Status(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, projection.PhaseLive, status[0].Phase)
 		require.EqualValues(t, 1+5, f.attempts.Load(), "once within the batch, then five times alone")
 		require.Equal(t, map[string]balance{
 			"ann": {Owner: "Ann", Cents: 5, Seen: []uint64{1, 2}},

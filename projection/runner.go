@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+
 	"github.com/deed-go/deed/eventstore"
 )
 
@@ -14,6 +17,7 @@ type runner struct {
 	engine     *Engine
 	projection Projection
 	progress   *progress
+	attributes metric.MeasurementOption
 	// owning holds a token while nobody runs the projection or works on it offline.
 	owning   chan struct{}
 	requests chan request
@@ -24,6 +28,7 @@ type runner struct {
 	stored Checkpoint // as last written
 	failed int        // failures in a row
 	marked bool       // items may be marked as parked
+	live   bool       // the head of the log has been reached
 }
 
 // request is work for the goroutine that runs the projection.
@@ -44,6 +49,7 @@ func newRunner(e *Engine, p Projection) *runner {
 		engine:     e,
 		projection: p,
 		progress:   newProgress(p.Name()),
+		attributes: metric.WithAttributeSet(attribute.NewSet(nameAttribute(p))),
 		owning:     make(chan struct{}, 1),
 		requests:   make(chan request),
 	}
@@ -111,6 +117,7 @@ func (r *runner) Run(ctx context.Context) (err error) {
 	}()
 	r.folder = r.projection.open(r.engine.state, &r.engine.options)
 	r.failed = 0
+	defer r.engine.telemetry.observeLag(r)()
 	for {
 		err := r.follow(ctx, lease)
 		switch {
@@ -121,7 +128,6 @@ func (r *runner) Run(ctx context.Context) (err error) {
 		case final(err):
 			return err
 		}
-		r.folder.forget()
 		r.failed++
 		if err := r.pause(ctx, lease, err, r.failed); err != nil && !errors.Is(err, errRestart) {
 			return err
@@ -222,6 +228,7 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 		return fmt.Errorf("%w: it is at position %d, but the log ends at %d: the database was restored from an older state: rebuild the projection, or bring the right log back", ErrWrongLog, r.stored.Position, head)
 	}
 	r.folder.forget()
+	r.live = false
 	if err := r.engine.state.Update(ctx, func(tx StateTx) error {
 		if err := tx.Fence(lease); err != nil {
 			return err
@@ -332,6 +339,7 @@ func (r *runner) take(ctx context.Context, lease Lease, a arrival, more <-chan a
 	}
 	r.failed = 0
 	if a.caughtUp {
+		r.live = true
 		r.progress.change(func() { r.progress.phase = PhaseLive })
 	}
 	return nil
@@ -398,6 +406,7 @@ func (r *runner) park(items []item) {
 // goes to through with the last of all items, and else to the last item done.
 func (r *runner) commit(ctx context.Context, lease Lease, items []item, through eventstore.Position, last bool) (int, error) {
 	var next Checkpoint
+	ctx, end := r.span(ctx, len(items))
 	n, err := r.folder.apply(ctx, items, func(tx StateTx, n int) error {
 		next = Checkpoint{Log: r.stored.Log, Epoch: lease.Epoch, Position: items[n-1].event.Position}
 		if last && n == len(items) {
@@ -416,9 +425,11 @@ func (r *runner) commit(ctx context.Context, lease Lease, items []item, through 
 		}
 		return nil
 	})
+	end(err)
 	if err != nil {
 		return 0, err
 	}
+	r.engine.telemetry.events.Add(ctx, int64(n), r.attributes)
 	r.reach(next)
 	return n, nil
 }
@@ -463,6 +474,7 @@ func (r *runner) pause(ctx context.Context, lease Lease, cause error, attempt in
 	if shift := attempt - 1; shift < 20 {
 		delay = min(delay, o.RetryAfter<<shift)
 	}
+	r.engine.telemetry.retries.Add(ctx, 1, r.attributes)
 	now := o.Clock.Now()
 	at := now.Add(delay)
 	o.Logger.Warn("projection retries", "projection", r.projection.Name(), "attempt", attempt, "after", delay, "error", cause)

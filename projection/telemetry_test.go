@@ -1,0 +1,171 @@
+package projection_test
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel/metric"
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/trace"
+	tracenoop "go.opentelemetry.io/otel/trace/noop"
+
+	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/projection"
+)
+
+// observer records what is told to OpenTelemetry.
+type observer struct {
+	tracenoop.TracerProvider
+	mu        sync.Mutex
+	spans     []string
+	counts    map[string]int64
+	callbacks map[*registration]metric.Callback
+}
+
+type tracer struct {
+	tracenoop.Tracer
+	o *observer
+}
+
+func (o *observer) Tracer(string, ...trace.TracerOption) trace.Tracer { return tracer{o: o} }
+
+func (t tracer) Start(ctx context.Context, name string, options ...trace.SpanStartOption) (context.Context, trace.Span) {
+	t.o.mu.Lock()
+	defer t.o.mu.Unlock()
+	t.o.spans = append(t.o.spans, name)
+	return t.Tracer.Start(ctx, name, options...)
+}
+
+type meters struct {
+	metricnoop.MeterProvider
+	o *observer
+}
+
+type meter struct {
+	metricnoop.Meter
+	o *observer
+}
+
+type counter struct {
+	metricnoop.Int64Counter
+	o    *observer
+	name string
+}
+
+type gauge struct {
+	metricnoop.Int64ObservableGauge
+	name string
+}
+
+type floatGauge struct {
+	metricnoop.Float64ObservableGauge
+	name string
+}
+
+type registration struct {
+	metricnoop.Registration
+	o *observer
+}
+
+func (m meters) Meter(string, ...metric.MeterOption) metric.Meter { return meter{o: m.o} }
+
+func (m meter) Int64Counter(name string, _ ...metric.Int64CounterOption) (metric.Int64Counter, error) {
+	return counter{o: m.o, name: name}, nil
+}
+
+func (m meter) Int64ObservableGauge(name string, _ ...metric.Int64ObservableGaugeOption) (metric.Int64ObservableGauge, error) {
+	return gauge{name: name}, nil
+}
+
+func (m meter) Float64ObservableGauge(name string, _ ...metric.Float64ObservableGaugeOption) (metric.Float64ObservableGauge, error) {
+	return floatGauge{name: name}, nil
+}
+
+func (m meter) RegisterCallback(f metric.Callback, _ ...metric.Observable) (metric.Registration, error) {
+	m.o.mu.Lock()
+	defer m.o.mu.Unlock()
+	r := &registration{o: m.o}
+	m.o.callbacks[r] = f
+	return r, nil
+}
+
+func (r *registration) Unregister() error {
+	r.o.mu.Lock()
+	defer r.o.mu.Unlock()
+	delete(r.o.callbacks, r)
+	return nil
+}
+
+func (c counter) Add(_ context.Context, n int64, _ ...metric.AddOption) {
+	c.o.mu.Lock()
+	defer c.o.mu.Unlock()
+	c.o.counts[c.name] += n
+}
+
+// readings is what one collection of metrics sees.
+type readings struct {
+	metricnoop.Observer
+	values map[string]float64
+}
+
+func (r readings) ObserveInt64(o metric.Int64Observable, v int64, _ ...metric.ObserveOption) {
+	r.values[o.(gauge).name] = float64(v)
+}
+
+func (r readings) ObserveFloat64(o metric.Float64Observable, v float64, _ ...metric.ObserveOption) {
+	r.values[o.(floatGauge).name] = v
+}
+
+func (o *observer) collect(t testing.TB) map[string]float64 {
+	r := readings{values: map[string]float64{}}
+	o.mu.Lock()
+	callbacks := make([]metric.Callback, 0, len(o.callbacks))
+	for _, f := range o.callbacks {
+		callbacks = append(callbacks, f)
+	}
+	o.mu.Unlock()
+	for _, f := range callbacks {
+		require.NoError(t, f(t.Context(), r))
+	}
+	return r.values
+}
+
+// Invariant 8: catching up, restarting and rebuilding make no spans; new
+// events do.
+func TestInvariant8_ReplayMakesNoSpans(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memory.New()
+		defer store.Close()
+		o := &observer{counts: map[string]int64{}, callbacks: map[*registration]metric.Callback{}}
+		options := projection.Options{TracerProvider: o, MeterProvider: meters{o: o}, Attempts: 3, RetryAfter: time.Hour, RetryAtMost: time.Hour}
+		f := newFragile()
+		put(t, store, account("ann"), opened{"Ann"}, deposited{5})
+		r := start(t, store, store, options, f.view)
+		defer r.stop()
+		r.caughtUp(t, store, "balances")
+		synctest.Wait()
+		require.NoError(t, r.Rebuild(t.Context(), "balances"))
+		synctest.Wait()
+		require.Empty(t, o.spans)
+		require.EqualValues(t, 4, o.counts["deed.projection.events"])
+
+		put(t, store, account("ann"), deposited{5})
+		r.caughtUp(t, store, "balances")
+		require.Equal(t, []string{"projection balances"}, o.spans)
+		require.Equal(t, map[string]float64{"deed.projection.lag.events": 0, "deed.projection.lag": 0}, o.collect(t))
+
+		put(t, store, account("ann"), deposited{13}, deposited{1})
+		time.Sleep(90 * time.Minute)
+		require.Equal(t, map[string]float64{"deed.projection.lag.events": 2, "deed.projection.lag": 5400}, o.collect(t))
+		require.NoError(t, r.WaitFor(t.Context(), "balances", 5))
+		require.EqualValues(t, 2, o.counts["deed.projection.retries"])
+		require.EqualValues(t, 1, o.counts["deed.projection.dead_letters"])
+		require.NoError(t, r.stop())
+		require.Empty(t, o.callbacks, "a stopped projection is no longer observed")
+	})
+}
