@@ -1,6 +1,7 @@
 package saga_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -10,6 +11,8 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/internal/clock"
 	"github.com/deed-go/deed/saga"
 	"github.com/deed-go/deed/saga/sagatest"
 )
@@ -213,4 +216,85 @@ func TestCrash_Reaction(t *testing.T) {
 			g.sameKey(t, "mail o1")
 			g.sameKey(t, "mail o2")
 		})
+}
+
+// TestCrash_RepeatsOneStepAtMost: a result is durable before the next effect, so
+// a crash repeats at most the step that was under way.
+func TestCrash_RepeatsOneStepAtMost(t *testing.T) {
+	t.Parallel()
+	var g *gateway
+	sagatest.CrashEverywhere(t,
+		func() sagatest.Process {
+			g = newGateway()
+			return saga.Define("three", func(s *saga.Run, _ int) (int, error) {
+				for _, name := range []string{"one", "two", "three"} {
+					if _, err := saga.Do(s, name, func(step saga.Step) (int, error) { return 0, g.call(name, step.IdempotencyKey()) }); err != nil {
+						return 0, err
+					}
+				}
+				return 3, nil
+			})
+		},
+		func(s *sagatest.Spec) { s.Start("r1", 0).Completed("r1", 3) },
+		func(t testing.TB) {
+			require.LessOrEqual(t, len(g.order), 4, "%q", g.order)
+		})
+}
+
+// TestCrash_RejectionIsNotJudgedAgain: the saga acts on a rejection; after a
+// crash the command would no longer be rejected, but the code must not learn.
+func TestCrash_RejectionIsNotJudgedAgain(t *testing.T) {
+	t.Parallel()
+	sagatest.CrashEverywhere(t,
+		func() sagatest.Process {
+			return saga.Define("refill", func(s *saga.Run, sku string) (string, error) {
+				err := saga.Execute(s, "reserve", stocks, Reserve{sku, s.ID()})
+				if err == nil {
+					return "had one", nil
+				}
+				return "filled up", saga.Execute(s, "fill", stocks, Fill{sku, 1})
+			})
+		},
+		func(s *sagatest.Spec) {
+			s.Start("r1", "book").Completed("r1", "filled up").Happened("stock", "book", Stocked{1})
+		}, nil)
+}
+
+// TestNow_IsDurableBeforeItIsUsed: the time that a command was made of does not
+// change when its record is lost.
+func TestNow_IsDurableBeforeItIsUsed(t *testing.T) {
+	t.Parallel()
+	def := saga.Define("clocked", func(s *saga.Run, _ string) (string, error) {
+		if err := s.Sleep("a day", day); err != nil {
+			return "", err
+		}
+		at := s.Now().Format(time.RFC3339)
+		return at, saga.Execute(s, "place", orders, Place{s.ID(), at})
+	})
+	c := clock.NewManual(t0)
+	store := &forgetful{Store: memory.New(), clock: c}
+	b := startBench(t, store, c, saga.Options{}, def)
+	require.NoError(t, saga.Start(t.Context(), b.engine, def, "r1", ""))
+	b.advance(day)
+	out, err := saga.Wait(t.Context(), b.engine, def, "r1")
+	require.NoError(t, err)
+	require.Equal(t, "2024-01-02T00:00:00Z", out)
+	require.True(t, store.lost, "the record was lost once")
+}
+
+// forgetful loses the first record of a run's end, an hour passes, and the run
+// goes on.
+type forgetful struct {
+	*memory.Store
+	clock *clock.Manual
+	lost  bool
+}
+
+func (f *forgetful) Append(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
+	if !f.lost && c.Events[len(c.Events)-1].Type == "saga.completed" {
+		f.lost = true
+		f.clock.Set(f.clock.Now().Add(time.Hour))
+		return eventstore.Receipt{}, errors.New("the disk is slow")
+	}
+	return f.Store.Append(ctx, c)
 }

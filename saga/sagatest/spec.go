@@ -233,7 +233,7 @@ func (s *Spec) append(category, id string, events []aggregate.Event) {
 	s.t.Helper()
 	var commit eventstore.Commit
 	for _, e := range events {
-		event := eventstore.Event{ID: uuid.New(), Stream: eventstore.Stream{Category: category, ID: id}, Type: e.EventType(), Time: s.clock.Now()}
+		event := eventstore.Event{ID: uuid.Must(uuid.NewV7()), Stream: eventstore.Stream{Category: category, ID: id}, Type: e.EventType(), Time: s.clock.Now()}
 		data, err := s.set.encoding.Encode(event.Type, e, &event.Metadata)
 		if err != nil {
 			s.t.Fatalf("event %T: %v", e, err)
