@@ -23,12 +23,15 @@ func (Opened) EventType() string    { return "account.opened" }
 func (Deposited) EventType() string { return "account.deposited" }
 func (Closed) EventType() string    { return "account.closed" }
 
-// run is what an application does: it appends the events, has the projections
-// follow, calls show when they have seen everything, and stops them.
-func run(store interface {
+// database is a store that keeps read models too, as the embedded ones do.
+type database interface {
 	eventstore.Store
 	projection.State
-}, p projection.Projection, show func(*projection.Engine)) {
+}
+
+// run is what an application does: it appends the events, has the projections
+// follow, calls show when they have seen everything, and stops them.
+func run(store database, p projection.Projection, show func(*projection.Engine)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	events := []struct{ id, eventType, data string }{
 		{"ann", "account.opened", `{"Owner":"Ann"}`}, {"ann", "account.deposited", `{"Cents":500}`},

@@ -374,3 +374,73 @@ func TestRun_StopsAtAGap(t *testing.T) {
 	require.ErrorIs(t, err, eventstore.ErrGap)
 	require.True(t, errors.Is(r.stop(), eventstore.ErrGap))
 }
+
+// endingLog has subscriptions that end without a word, once.
+type endingLog struct {
+	*memory.Store
+	ended *atomic.Bool
+}
+
+func (l endingLog) Subscribe(ctx context.Context, q eventstore.Query, after eventstore.Position) iter.Seq2[eventstore.Batch, error] {
+	if l.ended.CompareAndSwap(false, true) {
+		return func(func(eventstore.Batch, error) bool) {}
+	}
+	return l.Store.Subscribe(ctx, q, after)
+}
+
+func TestRun_SubscriptionEndsByItself(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memory.New()
+		defer store.Close()
+		put(t, store, account("ann"), deposited{1})
+		view := balances()
+		r := start(t, endingLog{store, new(atomic.Bool)}, store, projection.Options{}, view)
+		defer r.stop()
+		r.caughtUp(t, store, "balances")
+		require.Equal(t, folded(t, store), rows(t, store, view))
+		status, err := r.Status(t.Context())
+		require.NoError(t, err)
+		require.EqualError(t, status[0].Err, "the subscription ended although nobody ended it")
+	})
+}
+
+// Invariant 6, for dead letters: a former owner cannot replay what the new one
+// has replayed already.
+func TestInvariant6_FormerOwnerCannotReplay(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		f := newFragile()
+		put(t, store, account("ann"), deposited{1}, deposited{13}, deposited{2})
+		var armed atomic.Bool
+		reached, proceed := make(chan struct{}), make(chan struct{})
+		state := &hookedState{State: store, update: func(ctx context.Context, fn func(projection.StateTx) error) error {
+			if armed.CompareAndSwap(true, false) {
+				close(reached)
+				<-proceed
+			}
+			return store.Update(ctx, fn)
+		}}
+		former := start(t, store, state, projection.Options{Owner: "node", Attempts: 1}, f.view)
+		former.caughtUp(t, store, "balances")
+		f.ill.Store(false)
+		armed.Store(true)
+		replayed := make(chan error, 1)
+		go func() {
+			_, err := former.ReplayDeadLetters(context.Background(), "balances")
+			replayed <- err
+		}()
+		<-reached
+		heir := start(t, store, store, projection.Options{Owner: "node"}, f.view)
+		heir.caughtUp(t, store, "balances")
+		n, err := heir.ReplayDeadLetters(t.Context(), "balances")
+		require.NoError(t, err)
+		require.Equal(t, 2, n)
+		close(proceed)
+		require.ErrorIs(t, <-replayed, projection.ErrFenced)
+		require.ErrorIs(t, former.stop(), projection.ErrFenced)
+		require.Equal(t, folded(t, store), rows(t, store, f.view))
+		require.NoError(t, heir.stop())
+	})
+}

@@ -42,6 +42,7 @@ type request struct {
 var (
 	errRestart = errors.New("begin again from the stored checkpoint")
 	errPaused  = errors.New("stopped while waiting to retry")
+	errEnded   = errors.New("the subscription ended although nobody ended it")
 )
 
 func newRunner(e *Engine, p Projection) *runner {
@@ -170,18 +171,22 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	arrivals := make(chan arrival, 1)
-	read := make(chan struct{})
 	go func() {
-		defer close(read)
+		defer close(arrivals)
 		r.read(ctx, r.stored.Position, arrivals)
 	}()
 	defer func() {
 		cancel()
-		<-read
+		for range arrivals {
+			// The reader ends when it is told to; only then may the next one begin.
+		}
 	}()
 	for {
 		select {
-		case a := <-arrivals:
+		case a, more := <-arrivals:
+			if !more {
+				a.err = errEnded
+			}
 			if err := r.take(ctx, lease, a, arrivals); err != nil {
 				if ctx.Err() != nil {
 					r.note(ctx, lease)
@@ -298,9 +303,10 @@ func (r *runner) take(ctx context.Context, lease Lease, a arrival, more <-chan a
 	var late <-chan time.Time
 	for n := 1; a.err == nil && n < manyArrivals && len(a.items) < r.engine.options.BatchEvents; n++ {
 		var next arrival
+		var open bool
 		if a.caughtUp {
 			select {
-			case next = <-more:
+			case next, open = <-more:
 			default:
 				n = manyArrivals
 				continue
@@ -312,13 +318,16 @@ func (r *runner) take(ctx context.Context, lease Lease, a arrival, more <-chan a
 				late = timer.C
 			}
 			select {
-			case next = <-more:
+			case next, open = <-more:
 			case <-late:
 				n = manyArrivals
 				continue
 			case <-ctx.Done():
 				return ctx.Err()
 			}
+		}
+		if !open {
+			next.err = errEnded
 		}
 		if next.err != nil {
 			a.err = next.err
@@ -470,10 +479,11 @@ func (r *runner) note(ctx context.Context, lease Lease) {
 // meanwhile.
 func (r *runner) pause(ctx context.Context, lease Lease, cause error, attempt int) error {
 	o := &r.engine.options
-	delay := o.RetryAtMost
-	if shift := attempt - 1; shift < 20 {
-		delay = min(delay, o.RetryAfter<<shift)
+	delay := o.RetryAfter
+	for n := 1; n < attempt && delay < o.RetryAtMost; n++ {
+		delay *= 2
 	}
+	delay = min(delay, o.RetryAtMost)
 	r.engine.telemetry.retries.Add(ctx, 1, r.attributes)
 	now := o.Clock.Now()
 	at := now.Add(delay)
