@@ -153,3 +153,31 @@ func TestGolden_NewerFormat(t *testing.T) {
 	require.ErrorContains(t, goldenSaga.Replay(t.Context(), []eventstore.Recorded{{Stream: stream, Version: 1, Type: "saga.completed", Data: []byte(`{}`)}}, nil), "was not written by a saga")
 	require.ErrorIs(t, goldenSaga.Replay(t.Context(), []eventstore.Recorded{{Stream: stream, Version: 1, Type: "saga.started", Data: []byte(`{`)}}, nil), eventstore.ErrDecode)
 }
+
+// TestMismatch_NewerHistory: a run that a newer program went on with, before an
+// older one came back, is left alone and shown as blocked; other runs go on.
+func TestMismatch_NewerHistory(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, parcels)
+	exec(b, orders, Place{"o1", "book"})
+	exec(b, orders, Place{"o2", "book"})
+	b.settle()
+	_, err := b.store.Append(t.Context(), eventstore.Commit{Events: []eventstore.Event{
+		{Stream: history("parcels", "o1"), Type: "saga.forked", Data: []byte(`{}`)},
+	}})
+	require.NoError(t, err)
+	exec(b, orders, Ship{"o1", "p1"})
+	exec(b, orders, Ship{"o2", "p2"})
+	b = b.restart(parcels)
+	exec(b, orders, Ship{"o2", "p3"})
+	b.settle()
+	infos, err := b.engine.List(t.Context(), "parcels", saga.ListOptions{})
+	require.NoError(t, err)
+	require.Len(t, infos, 1)
+	require.Equal(t, saga.StatusBlocked, infos[0].Status)
+	require.Contains(t, infos[0].Error, "newer program")
+	require.Len(t, b.types(history("parcels", "o1")), 3, "nothing is written to it")
+	out, err := saga.Wait(t.Context(), b.engine, parcels, "o2")
+	require.NoError(t, err)
+	require.Equal(t, "p2,p3", out)
+}

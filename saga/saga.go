@@ -108,7 +108,9 @@ func Define[In, Out any](name string, run func(*Run, In) (Out, error), options .
 // On starts a run at each event of type E, once, with the id and the input
 // that start makes of it; the id "" starts none. When there is a run of that id
 // already, nothing happens. Start must be pure: it may be called again for the
-// same event, and must then say the same.
+// same event, and must then say the same. An event that does not decode stops
+// the saga's worker with an error, because leaving it out would lose a run: add
+// an upcaster.
 func On[E Event, In any](start func(e E, r eventstore.Recorded) (id string, in In)) Option[In] {
 	return Option[In]{add: func(b *blueprint) {
 		name, err := eventTypeOf[E]()

@@ -609,6 +609,7 @@ func (w *sagaWorker) activate(ctx context.Context, r *row, a activation) {
 	var version uint64
 	var o outcome
 	var kept *history
+	var unread error
 	foreign := false // the history was there before its trigger came
 	for failures, conflicts := 0, 0; ; {
 		var err error
@@ -623,6 +624,10 @@ func (w *sagaWorker) activate(ctx context.Context, r *row, a activation) {
 		}
 		if err == nil && o.kind == broken {
 			err = o.err
+		}
+		if err != nil && unreadable(err) {
+			unread = err
+			break
 		}
 		if err != nil {
 			if !w.retry(ctx, failures, r, err) {
@@ -652,6 +657,13 @@ func (w *sagaWorker) activate(ctx context.Context, r *row, a activation) {
 		w.touchQuietly(r)
 		return
 	}
+	if unread != nil {
+		// Blocked in the index only: what cannot be read must not be written to.
+		w.logger.Error("saga is blocked", "saga", w.saga.name, "id", r.ID, "reason", unread)
+		r.Status, r.Cause, r.Error, r.Wake = StatusBlocked, causeMismatch, unread.Error(), time.Time{}
+		w.touchQuietly(r)
+		return
+	}
 	if o.kind == suspended {
 		w.cache(r, kept)
 		if version == r.Version {
@@ -661,12 +673,18 @@ func (w *sagaWorker) activate(ctx context.Context, r *row, a activation) {
 	w.evaluate(r)
 }
 
+// unreadable reports whether the history, or the event that starts the run, is
+// not what this program can read.
+func unreadable(err error) bool {
+	return errors.Is(err, errNewerHistory) || errors.Is(err, eventstore.ErrDecode) || errors.Is(err, eventstore.ErrInvalid) || errors.Is(err, eventstore.ErrUnknownType)
+}
+
 // retry decides whether to go on after the store has failed, and pauses.
 func (w *sagaWorker) retry(ctx context.Context, n int, r *row, err error) bool {
 	if ctx.Err() != nil {
 		return false
 	}
-	if errors.Is(err, eventstore.ErrClosed) || errors.Is(err, errNewerHistory) || errors.Is(err, eventstore.ErrDecode) {
+	if errors.Is(err, eventstore.ErrClosed) {
 		w.fail(fmt.Errorf("%s, run %q: %w", w.name, r.ID, err))
 		return false
 	}
