@@ -27,5 +27,5 @@ func BenchmarkStore(b *testing.B) { storetest.Benchmark(b, harness) }
 func TestState(t *testing.T) {
 	statetest.Run(t, func(testing.TB) statetest.Opener {
 		return func() (statetest.State, error) { return memory.New(), nil }
-	}, statetest.Features{})
+	}, statetest.Features{Bubble: true})
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -91,6 +92,10 @@ type Features struct {
 	LogID bool
 	// Reopen: the log is still there after Close and another Open.
 	Reopen bool
+	// Bubble: the store can be opened, used and closed inside a testing/synctest
+	// bubble, where it waits by channels alone and never by time. Stores that talk
+	// to a server cannot.
+	Bubble bool
 	// Limits are those of the backend; zero means eventstore.DefaultLimits.
 	Limits eventstore.Limits
 }
@@ -100,7 +105,7 @@ func Full() Features {
 	return Features{
 		Forward: EveryQuery, Backward: EveryQuery, Subscribe: EveryQuery, NoneMatch: EveryQuery,
 		MultiStream: true, ForeignConditions: true, Contiguous: true, KeyScope: KeysInLog,
-		Enqueue: true, LogID: true, Reopen: true,
+		Enqueue: true, LogID: true, Reopen: true, Bubble: true,
 	}
 }
 
@@ -167,6 +172,7 @@ var groups = []group{
 	{"Subscribe", subscribeChecks},
 	{"Limits", limitChecks},
 	{"Ending", endingChecks},
+	{"Bubble", bubbleChecks},
 	{"Random", randomChecks},
 }
 
@@ -175,10 +181,14 @@ type suite struct {
 	features Features
 	// patience is how long a check waits for something that must come.
 	patience time.Duration
+	// bubble runs fn in a testing/synctest bubble.
+	bubble func(t testing.TB, fn func(testing.TB))
 }
 
 func newSuite(h Harness, f Features) *suite {
-	return &suite{harness: h, features: f.withDefaults(), patience: time.Minute}
+	return &suite{harness: h, features: f.withDefaults(), patience: time.Minute, bubble: func(t testing.TB, fn func(testing.TB)) {
+		synctest.Test(t.(*testing.T), func(t *testing.T) { fn(t) })
+	}}
 }
 
 // open returns a store with a new log, closed when the test ends.

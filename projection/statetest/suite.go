@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -36,6 +37,10 @@ type Features struct {
 	// after it is opened again. Embedded backends promise it, since they have one
 	// process at a time.
 	LeasesEndWithProcess bool
+	// Bubble: the state can be opened, used and closed inside a testing/synctest
+	// bubble, where it waits by channels alone and never by time. States that live
+	// on a server cannot.
+	Bubble bool
 }
 
 // Run tests the backend against the contract.
@@ -88,6 +93,7 @@ var groups = []group{
 	{"Lease", leaseChecks},
 	{"SQL", sqlChecks},
 	{"Ending", endingChecks},
+	{"Bubble", bubbleChecks},
 }
 
 type suite struct {
@@ -95,10 +101,14 @@ type suite struct {
 	features Features
 	// patience is how long a check waits for something that must come.
 	patience time.Duration
+	// bubble runs fn in a testing/synctest bubble.
+	bubble func(t testing.TB, fn func(testing.TB))
 }
 
 func newSuite(h Harness, f Features) *suite {
-	return &suite{harness: h, features: f, patience: time.Minute}
+	return &suite{harness: h, features: f, patience: time.Minute, bubble: func(t testing.TB, fn func(testing.TB)) {
+		synctest.Test(t.(*testing.T), func(t *testing.T) { fn(t) })
+	}}
 }
 
 func (s *suite) open(t testing.TB) State {

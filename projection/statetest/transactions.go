@@ -300,24 +300,23 @@ var viewChecks = []check{
 				})
 			}
 			require.NoError(t, write(0))
-			stop := make(chan struct{})
-			failed := make(chan error, 4)
-			var group sync.WaitGroup
-			for range 4 {
-				group.Go(func() {
-					for {
-						select {
-						case <-stop:
-							return
-						default:
-						}
+			const viewers, views = 4, 40
+			failed, wrote := make(chan error, viewers), make(chan struct{})
+			for range viewers {
+				go func() {
+					for n := range views {
 						err := state.View(ctx, func(tx projection.StateTx) error {
 							seen := map[string]int{}
 							for row, err := range tx.Scan("t", projection.Range{}) {
 								if err != nil {
 									return err
 								}
-								seen[string(row.Value)]++
+								if seen[string(row.Value)]++; n == 0 && row.Key == "05" {
+									// Two updates end, or try to, while this view is half way.
+									afterOrSoon(wrote)
+									afterOrSoon(wrote)
+								}
+								runtime.Gosched()
 							}
 							if len(seen) != 1 {
 								return fmt.Errorf("a view sees parts of several updates: %v", seen)
@@ -329,15 +328,20 @@ var viewChecks = []check{
 							return
 						}
 					}
-				})
+					failed <- nil
+				}()
 			}
-			for n := range 100 {
+			ended := 0
+			for n := 0; ended < viewers; n++ {
 				require.NoError(t, write(n))
+				select {
+				case wrote <- struct{}{}:
+				case err := <-failed:
+					require.NoError(t, err)
+					ended++
+				default:
+				}
 			}
-			close(stop)
-			group.Wait()
-			close(failed)
-			require.NoError(t, <-failed)
 		},
 	},
 }
