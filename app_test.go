@@ -181,10 +181,27 @@ func TestApp_Resumes(t *testing.T) {
 	require.NoError(t, err)
 	_, err = deed.Execute(t.Context(), app, loans, Lend{"moby dick", 60})
 	require.NoError(t, err)
-	require.NoError(t, app.Settle(t.Context()), "the saga has begun")
 	require.NoError(t, app.Stop(t.Context()))
 
 	app = start(t, sqlite.File(path), parts(newYear.AddDate(0, 0, 1))...)
+	require.NoError(t, app.AdvanceTo(t.Context(), newYear.AddDate(0, 0, 60)))
+	row, err := query.Get(t.Context(), app, shelf, "moby dick")
+	require.NoError(t, err)
+	require.Equal(t, 1, row.Reminders)
+}
+
+// Terms count from the event that started the saga, also when it was handled
+// much later.
+func TestApp_LateSagaKeepsTime(t *testing.T) {
+	t.Parallel()
+	store := memory.New()
+	app, err := deed.Start(t.Context(), eventstore.Opened(store), loans, deed.ManualClock(newYear))
+	require.NoError(t, err)
+	_, err = deed.Execute(t.Context(), app, loans, Lend{"moby dick", 60})
+	require.NoError(t, err)
+	require.NoError(t, app.Stop(t.Context()))
+
+	app = start(t, eventstore.Opened(store), loans, shelf, due().FromStart(), deed.ManualClock(newYear.AddDate(0, 0, 50)))
 	require.NoError(t, app.AdvanceTo(t.Context(), newYear.AddDate(0, 0, 60)))
 	row, err := query.Get(t.Context(), app, shelf, "moby dick")
 	require.NoError(t, err)

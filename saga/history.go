@@ -115,6 +115,15 @@ type origin struct {
 	Codec  string `json:"codec,omitempty"`
 }
 
+// beginning is the time at which a run begins: that of the event that started
+// it, however much later that was handled, or else that of the started event.
+func (p *payload) beginning(at time.Time) time.Time {
+	if p.Trigger != nil {
+		return p.Trigger.Time
+	}
+	return at
+}
+
 func originOf(r *eventstore.Recorded, content bool) *origin {
 	o := &origin{
 		ID: r.ID.String(), Category: r.Stream.Category, Stream: r.Stream.ID, Version: r.Version,
@@ -347,7 +356,7 @@ func (h *history) apply(eventType string, p *payload, at time.Time, revision eve
 	h.revision = revision
 	switch eventType {
 	case typeStarted:
-		h.started, h.startedAt, h.position = *p, at, revision.Position
+		h.started, h.startedAt, h.position = *p, p.beginning(at), revision.Position
 	case typeTimerSet, typeAwaitSet:
 		rec := h.step(p)
 		rec.set = *p

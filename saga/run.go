@@ -100,7 +100,8 @@ type outcome struct {
 func (r *Run) ID() string { return r.stream.ID }
 
 // Now returns the time at which the history stands: that of the last thing
-// that happened in the run. It is the same at every replay; time.Now is not.
+// that happened in the run, and at first that of the event that started it,
+// also when it was started late. It is the same at every replay; time.Now is not.
 func (r *Run) Now() time.Time {
 	r.own("Now")
 	if len(r.buffer) > 0 {

@@ -782,7 +782,7 @@ func (r *Run) begun(p *payload, meta eventstore.Metadata) {
 	if r.h.meta.CorrelationID == "" {
 		r.h.meta.CorrelationID = uuid.NewString()
 	}
-	r.h.startedAt = r.emit(typeStarted, p)
+	r.h.startedAt = p.beginning(r.emit(typeStarted, p))
 }
 
 func (r *Run) resumed() {
