@@ -43,6 +43,7 @@ type activation[S any] struct {
 	todo    []*call[S] // to decide, in order
 	entries []*call[S] // decided, in order
 	keys    map[string]*call[S]
+	current *call[S] // being decided
 	// fresh is the number of the last call for which durable is known to be no
 	// older than the call: other processes write, too.
 	fresh uint64
@@ -51,6 +52,12 @@ type activation[S any] struct {
 func (a *activation[S]) name() string { return a.stream.String() }
 
 func (a *activation[S]) run() {
+	rests := false
+	defer func() {
+		if !rests {
+			a.runOn()
+		}
+	}()
 	for {
 		if len(a.todo) == 0 {
 			a.take()
@@ -59,16 +66,33 @@ func (a *activation[S]) run() {
 		switch {
 		case a.runtime.life.Err() != nil:
 			a.giveUp()
-			if a.rest() {
+			if rests = a.rest(); rests {
 				return
 			}
 		case a.next() || settled:
 		case len(a.entries) > 0:
 			a.wait()
-		case a.rest():
-			return
+		default:
+			if rests = a.rest(); rests {
+				return
+			}
 		}
 	}
+}
+
+// runOn carries on in a new goroutine after user code has ended this one, as
+// t.FailNow does in a test.
+func (a *activation[S]) runOn() {
+	if c := a.current; c != nil {
+		a.current = nil
+		err := fmt.Errorf("the decision on %q ended its goroutine (runtime.Goexit, for example by t.FailNow)", a.stream)
+		if c.kind == commit {
+			err = unknownOutcome(err)
+		}
+		c.answer(eventstore.Receipt{}, err, false)
+		a.loaded = false
+	}
+	go a.run()
 }
 
 // take moves what callers have queued to the calls to decide.
@@ -127,7 +151,9 @@ func (a *activation[S]) next() bool {
 			return false
 		}
 		a.pop()
+		a.current = c
 		a.decideBoundary(c)
+		a.current = nil
 		return true
 	}
 	if first := a.keys[c.req.Key]; first != nil {
@@ -149,7 +175,9 @@ func (a *activation[S]) next() bool {
 		}
 	}
 	a.pop()
+	a.current = c
 	a.decide(c)
+	a.current = nil
 	return true
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"log/slog"
+	"runtime"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -361,6 +362,32 @@ func TestExecute_Panics(t *testing.T) {
 			next.succeeds(t)
 			require.Equal(t, []string{"clean"}, saw.Notes, "the state was loaded again")
 		})
+	})
+
+	t.Run("DecideEndsItsGoroutine", func(t *testing.T) {
+		t.Parallel()
+		for name, boundary := range map[string]func() (eventstore.Query, account){
+			"Stream":   nil,
+			"Boundary": func() (eventstore.Query, account) { return eventstore.All(), account{} },
+		} {
+			t.Run(name, func(t *testing.T) {
+				gated(t, aggregate.Options{}, func(t *testing.T, g *gate, r *aggregate.Runtime) {
+					first := start(t, r, on("ann", deposit(1)))
+					req := on("ann", func(account) ([]aggregate.Event, error) {
+						runtime.Goexit() // as t.FailNow does
+						return nil, nil
+					})
+					req.Boundary = boundary
+					culprit := start(t, r, req)
+					next := start(t, r, on("ann", withdraw(1)))
+					g.pass()
+					first.succeeds(t)
+					require.True(t, culprit.done)
+					require.ErrorContains(t, culprit.err, `the decision on "account-ann" ended its goroutine`)
+					next.succeeds(t)
+				})
+			})
+		}
 	})
 
 	t.Run("Fold", func(t *testing.T) {
