@@ -34,9 +34,12 @@ type database interface {
 func run(store database, p projection.Projection, show func(*projection.Engine)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	events := []struct{ id, eventType, data string }{
-		{"ann", "account.opened", `{"Owner":"Ann"}`}, {"ann", "account.deposited", `{"Cents":500}`},
-		{"bob", "account.opened", `{"Owner":"Bob"}`}, {"bob", "account.deposited", `{"Cents":70}`},
-		{"bob", "account.closed", `{}`}, {"ann", "account.deposited", `{"Cents":250}`},
+		{"ann", "account.opened", `{"Owner":"Ann"}`},
+		{"ann", "account.deposited", `{"Cents":500}`},
+		{"bob", "account.opened", `{"Owner":"Bob"}`},
+		{"bob", "account.deposited", `{"Cents":70}`},
+		{"bob", "account.closed", `{}`},
+		{"ann", "account.deposited", `{"Cents":250}`},
 	}
 	var head eventstore.Position
 	for _, e := range events {
