@@ -217,8 +217,14 @@ func (s *Store) configureWriter(c *conn) error {
 		return err
 	}
 	c.install()
+	mode := ""
+	if _, err := c.row("PRAGMA journal_mode = WAL", func(s *statement) { mode = s.text(0) }); err != nil {
+		return err
+	}
+	if mode != "wal" {
+		return fmt.Errorf("the file system does not support a write-ahead log (got %q): use a local disk", mode)
+	}
 	return c.exec(`
-		PRAGMA journal_mode = WAL;
 		PRAGMA synchronous = ` + s.settings.synchronous + `;
 		PRAGMA busy_timeout = 0;
 		PRAGMA journal_size_limit = 67108864;

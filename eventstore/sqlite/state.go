@@ -87,7 +87,7 @@ func (w *writer) updates() bool {
 	var done []*update
 	var made map[string]int64
 	var start time.Time
-	for len(done) == 0 || s.appends.Len() == 0 && time.Since(start) < updateTime {
+	for start.IsZero() || s.appends.Len() == 0 && time.Since(start) < updateTime {
 		next := s.updates.Take(nil, 1, 1)
 		if len(next) == 0 {
 			break
