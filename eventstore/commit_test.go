@@ -113,6 +113,7 @@ func TestCommit_Prepare_Refuses(t *testing.T) {
 		{conditioned(eventstore.Condition{}), eventstore.ErrInvalid, "condition 0: invalid: unknown condition kind 0: use StreamAt, StreamExists or NoneMatch"},
 		{conditioned(eventstore.StreamExists(eventstore.Stream{Category: "a"})), eventstore.ErrInvalid, "condition 0: invalid: the stream id is empty"},
 		{conditioned(eventstore.StreamAt(ann, eventstore.Revision{Position: 3})), eventstore.ErrInvalid, `condition 0: invalid: revision of "account-ann": version 0 has no position, got 3`},
+		{conditioned(eventstore.StreamAtEvent(ann, 0, uuid.Max)), eventstore.ErrInvalid, `condition 0: invalid: revision of "account-ann": version 0 has no last event, got ffffffff-ffff-ffff-ffff-ffffffffffff`},
 		{conditioned(eventstore.NoneMatch(eventstore.Query{}, 0)), eventstore.ErrInvalid, "condition 0: invalid: the query is empty: use eventstore.All() for everything, or give it items"},
 		{conditioned(eventstore.NoneMatch(eventstore.Match(eventstore.Item{}), 0)), eventstore.ErrInvalid, "condition 0: query item 0: invalid: it constrains nothing: use eventstore.All() for everything"},
 		{keyed("a\nb", ""), eventstore.ErrInvalid, `invalid: idempotency key "a\nb" has the control character U+000A at byte 1`},

@@ -55,6 +55,9 @@ func TestConflictError(t *testing.T) {
 		`conflict: stream "account-ann" is at version 1, expected version 0 (no events)`: {
 			Kind: eventstore.ConditionStreamAt, Stream: ann, Actual: eventstore.Revision{Version: 1, Position: 9},
 		},
+		`conflict: stream "account-ann" is at version 3, but its last event is not the expected one`: {
+			Kind: eventstore.ConditionStreamAt, Stream: ann, Expected: eventstore.Revision{Version: 3}, Actual: eventstore.Revision{Version: 3, Position: 9},
+		},
 		`conflict: stream "account-ann" does not exist`: {Kind: eventstore.ConditionStreamExists, Stream: ann},
 		`conflict: an event at position 7, after 4, matches the condition's query: decide again on the events up to it`: {
 			Kind: eventstore.ConditionNoneMatch, Query: eventstore.All(), After: 4, Found: 7,

@@ -93,11 +93,8 @@ var conditionChecks = []check{
 			// In a fresh process what is known of the stream comes from storage.
 			if s.features.Reopen {
 				store = p.reopen(t)
-				last := eventstore.Recorded{}
-				for r, err := range store.Read(ctx, eventstore.OneStream(ann), eventstore.ReadOptions{Backward: true, Limit: 1}) {
-					require.NoError(t, err)
-					last = r
-				}
+				got := mustRead(t, ctx, store, eventstore.OneStream(ann), eventstore.ReadOptions{})
+				last := got[len(got)-1]
 				unchanged(t, ctx, store, func() { mustConflict(t, follow(eventstore.StreamAtEvent(ann, 5, ours[1].ID))) })
 				require.NoError(t, follow(eventstore.StreamAtEvent(ann, 5, last.ID)))
 			}

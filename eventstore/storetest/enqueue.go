@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"testing"
 
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
@@ -84,6 +85,32 @@ var enqueueChecks = []check{
 					_, err := result(ctx, p)
 					require.Equal(t, v+1, mustConflict(t, err).Actual.Version, "the actual version counts the commits that were enqueued before")
 				}
+			}
+		},
+	},
+	{
+		name:  "FollowerOfALoser",
+		rule:  "a commit that names the event it follows fails when that event was never written, also when another writer has brought the stream to the same version",
+		needs: needEnqueue,
+		run: func(t testing.TB, s *suite) {
+			ctx, store := s.context(t), s.open(t)
+			q := enqueuer(t, store)
+			for round := range pick(20, 5) {
+				of := account(fmt.Sprint(round))
+				foreign, ours, next := pipelined(of, 1, 0), pipelined(of, 1, 0), pipelined(of, 1, 1)
+				ours.Events[0].ID, foreign.Events[0].ID = uuid.Must(uuid.NewV7()), uuid.Must(uuid.NewV7())
+				next.Conditions = []eventstore.Condition{eventstore.StreamAtEvent(of, 1, ours.Events[0].ID)}
+				after := pipelined(of, 1, 1)
+				after.Conditions = []eventstore.Condition{eventstore.StreamAtEvent(of, 1, foreign.Events[0].ID)}
+				a, b, c, d := q.Enqueue(ctx, foreign), q.Enqueue(ctx, ours), q.Enqueue(ctx, next), q.Enqueue(ctx, after)
+				_, err := result(ctx, a)
+				require.NoError(t, err)
+				_, err = result(ctx, b)
+				mustConflict(t, err)
+				_, err = result(ctx, c)
+				require.Equal(t, uint64(1), mustConflict(t, err).Actual.Version, "the commit was decided on an event that was never written")
+				_, err = result(ctx, d)
+				require.NoError(t, err, "the commit follows the event that was written")
 			}
 		},
 	},

@@ -2,6 +2,7 @@ package storetest
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -196,6 +197,8 @@ func (o *oracle) append() {
 		}
 		e := event(to, o.eventType(), o.tags(4)...)
 		e.Data = fmt.Appendf(nil, `{"N":%d}`, o.r.IntN(3))
+		binary.BigEndian.PutUint64(e.ID[8:], o.r.Uint64())
+		e.ID[6] = 0x70 // both stores must know the event by the same id
 		c.Events = append(c.Events, e)
 	}
 	for range o.r.IntN(3) * o.r.IntN(2) {
@@ -209,13 +212,18 @@ func (o *oracle) append() {
 		case kind == 1 && o.s.features.NoneMatch != 0:
 			c.Conditions = append(c.Conditions, eventstore.NoneMatch(o.query(o.s.features.NoneMatch), o.position()))
 		default:
-			version := o.r.IntN(4)
-			if o.r.IntN(4) != 0 {
-				seen, err := all(o.model.Read(o.ctx, eventstore.OneStream(of), eventstore.ReadOptions{}))
-				require.NoError(o.t, err)
-				version = len(seen)
+			seen, err := all(o.model.Read(o.ctx, eventstore.OneStream(of), eventstore.ReadOptions{}))
+			require.NoError(o.t, err)
+			version := len(seen)
+			if o.r.IntN(4) == 0 {
+				version = o.r.IntN(4)
 			}
-			c.Conditions = append(c.Conditions, eventstore.StreamAt(of, eventstore.Revision{Version: uint64(version)}))
+			if version > 0 && version <= len(seen) && o.r.IntN(2) == 0 {
+				follows := seen[version-1-o.r.IntN(2)*o.r.IntN(version)]
+				c.Conditions = append(c.Conditions, eventstore.StreamAtEvent(of, uint64(version), follows.ID))
+			} else {
+				c.Conditions = append(c.Conditions, eventstore.StreamAt(of, eventstore.Revision{Version: uint64(version)}))
+			}
 		}
 	}
 	if o.r.IntN(3) == 0 {
@@ -302,6 +310,7 @@ func (o *oracle) compareReads(q eventstore.Query, options eventstore.ReadOptions
 	for i := range want {
 		w, g := want[i], got[i]
 		require.Equal(o.t, o.real(w.Position), g.Position, "event %d of %+v with %+v", i, q, options)
+		require.Equal(o.t, w.ID, g.ID)
 		require.Equal(o.t, w.Version, g.Version)
 		require.Equal(o.t, w.Stream, g.Stream)
 		require.Equal(o.t, w.Type, g.Type)
