@@ -439,7 +439,7 @@ func TestInvariant6_FormerOwnerCannotReplay(t *testing.T) {
 		require.Equal(t, 2, n)
 		close(proceed)
 		require.ErrorIs(t, <-replayed, projection.ErrFenced)
-		require.ErrorIs(t, former.stop(), projection.ErrFenced)
+		require.ErrorIs(t, former.WaitFor(t.Context(), "balances", 1000), projection.ErrFenced, "it has stopped")
 		require.Equal(t, folded(t, store), rows(t, store, f.view))
 		require.NoError(t, heir.stop())
 	})
