@@ -336,6 +336,31 @@ func historyOf(t *testing.T, s *sagatest.Spec, id string) []string {
 	return types
 }
 
+// TestMismatch_EndsEarly: code that ends before its history does is no less a
+// mismatch, whether it returns a result or an error.
+func TestMismatch_EndsEarly(t *testing.T) {
+	t.Parallel()
+	for name, result := range map[string]error{"completed": nil, "failed": errDeclined} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			version := func(long bool) *saga.Definition[int, int] {
+				return saga.Define("short", func(s *saga.Run, _ int) (int, error) {
+					var ran []string
+					if err := step(s, &ran, "a"); err != nil || !long {
+						return 0, errors.Join(err, result)
+					}
+					return 7, s.Sleep("wait", day)
+				})
+			}
+			sagatest.For(t, version(true)).Start("r1", 0).Waiting("r1", "wait").
+				Deploy(version(false)).Advance(day).
+				Blocked("r1", `step 2: history has sleep "wait", code has ended`).
+				Deploy(version(true)).
+				Completed("r1", 7)
+		})
+	}
+}
+
 // TestMismatch_WhileAwaiting: a blocked run misses no event, and Resume is
 // enough where the code was right again all along.
 func TestMismatch_WhileAwaiting(t *testing.T) {
