@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"testing"
 	"testing/synctest"
 
@@ -12,7 +11,6 @@ import (
 
 	"github.com/deed-go/deed/aggregate"
 	"github.com/deed-go/deed/eventstore"
-	"github.com/deed-go/deed/eventstore/memory"
 )
 
 type subscribed struct{ Course, Student string }
@@ -89,26 +87,33 @@ func TestBoundary_Decides(t *testing.T) {
 	require.Equal(t, eventstore.Position(3), head)
 }
 
-// Several runtimes, as in several processes, compete for the seats.
+// Several runtimes, as in several processes, compete for the last seat: all of
+// them have decided before the first is written.
 func TestBoundary_HoldsUnderConcurrency(t *testing.T) {
 	t.Parallel()
-	store := memory.New()
-	var wg sync.WaitGroup
-	for p := range 4 {
-		r := on1(t, store, aggregate.Options{Attempts: 1000})
-		for i := range 10 {
-			wg.Go(func() {
-				_, err := aggregate.Execute(t.Context(), r, courses, subscribe("go", fmt.Sprint(p, "-", i), 7))
-				if err != nil {
-					require.ErrorIs(t, err, errFull)
-				}
-			})
+	gated(t, aggregate.Options{}, func(t *testing.T, g *gate, first *aggregate.Runtime) {
+		runtimes := []*aggregate.Runtime{first}
+		for range 3 {
+			runtimes = append(runtimes, aggregate.NewRuntime(g, aggregate.Options{}))
 		}
-	}
-	wg.Wait()
-	head, err := store.Head(t.Context())
-	require.NoError(t, err)
-	require.Equal(t, eventstore.Position(7), head, "seats taken")
+		var rivals []*running
+		for i, r := range runtimes {
+			rivals = append(rivals, startOf(t, r, courses, subscribe("go", fmt.Sprint(i), 1)))
+		}
+		require.Len(t, g.held, len(rivals))
+		g.pass()
+		rivals[0].succeeds(t)
+		for _, loser := range rivals[1:] {
+			loser.fails(t, errFull)
+			require.Equal(t, 2, loser.decided)
+		}
+		head, err := g.Head(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, eventstore.Position(1), head, "seats taken")
+		for _, r := range runtimes[1:] {
+			require.NoError(t, r.Stop(t.Context()))
+		}
+	})
 }
 
 func TestBoundary_Conflict(t *testing.T) {
