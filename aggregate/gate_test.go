@@ -104,15 +104,6 @@ func (c *heldCommit) lose() {
 	c.fail(eventstore.ErrOutcomeUnknown)
 }
 
-// types are those of the commit's events.
-func (c *heldCommit) types() []string {
-	var types []string
-	for _, e := range c.Events {
-		types = append(types, e.Type)
-	}
-	return types
-}
-
 // running is an Execute that may be under way.
 type running struct {
 	cancel  context.CancelFunc
