@@ -86,7 +86,7 @@ func TestStore_PowerLoss(t *testing.T) {
 	t.Logf("seed %d", seed)
 	cuts := 40
 	if os.Getenv("DEED_TEST_LONG") != "" {
-		cuts = 400
+		cuts = 150
 	}
 	trace := powerTrace(t)
 	require.NoError(t, cut(t, trace, cuts, rand.New(rand.NewPCG(seed, 0))))
