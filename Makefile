@@ -19,7 +19,7 @@ race: ## Run all tests, the long ones too, under the race detector
 
 .PHONY: lint
 lint: $(BIN)/golangci-lint-$(LINT_VERSION) ## Look for bugs and wrong formatting
-	$(BIN)/golangci-lint-$(LINT_VERSION) run ./...
+	$(BIN)/golangci-lint-$(LINT_VERSION) run --allow-parallel-runners ./...
 
 .PHONY: fmt
 fmt: $(BIN)/golangci-lint-$(LINT_VERSION) ## Format all files
@@ -45,9 +45,9 @@ fuzz: ## Run every fuzz test for FUZZTIME (10s)
 
 .PHONY: examples
 examples: ## Run every example once
-	go run ./examples/quickstart
-	go run ./examples/mail
-	go run ./examples/fines
+	go run --allow-parallel-runners ./...mples/quickstart
+	go run --allow-parallel-runners ./...mples/mail
+	go run --allow-parallel-runners ./...mples/fines
 
 .PHONY: ci
 ci: ## Everything that must pass before a change is merged
