@@ -186,7 +186,7 @@ type suite struct {
 }
 
 func newSuite(h Harness, f Features) *suite {
-	return &suite{harness: h, features: f.withDefaults(), patience: time.Minute, bubble: func(t testing.TB, fn func(testing.TB)) {
+	return &suite{harness: h, features: f.withDefaults(), patience: 5 * time.Minute, bubble: func(t testing.TB, fn func(testing.TB)) {
 		synctest.Test(t.(*testing.T), func(t *testing.T) { fn(t) })
 	}}
 }
