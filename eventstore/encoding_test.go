@@ -423,8 +423,15 @@ func FuzzEncoding_Decode(f *testing.F) {
 		schema    int
 		data      string
 	}{
-		{"account.opened", 0, `{"Name":"Ann Lee"}`}, {"account.opened", 2, `{"First":"Ann"}`}, {"account.opened", 3, `{}`}, {"account.made", 1, `{"Who":"A B"}`},
-		{"account.opened", 9, `{}`}, {"x", 0, `null`}, {"account.opened", 1, `{"Name":`}, {"account.opened", -5, "\xff"}, {"account.created", 2, `[[[[`},
+		{"account.opened", 0, `{"Name":"Ann Lee"}`},
+		{"account.opened", 2, `{"First":"Ann"}`},
+		{"account.opened", 3, `{}`},
+		{"account.made", 1, `{"Who":"A B"}`},
+		{"account.opened", 9, `{}`},
+		{"x", 0, `null`},
+		{"account.opened", 1, `{"Name":`},
+		{"account.opened", -5, "\xff"},
+		{"account.created", 2, `[[[[`},
 	} {
 		f.Add(seed.eventType, seed.schema, []byte(seed.data))
 	}

@@ -3,6 +3,7 @@ package eventstore_test
 import (
 	"encoding/json"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"reflect"
 	"testing"
@@ -108,7 +109,7 @@ func randomValue(r *rand.Rand, v reflect.Value) {
 	case reflect.Uint8:
 		v.SetUint(r.Uint64() & 0xff)
 	case reflect.Float64:
-		v.SetFloat([]float64{1.5, 1e21, 1e-7, -0.0, r.NormFloat64()}[r.IntN(5)])
+		v.SetFloat([]float64{1.5, 1e21, 1e-7, math.Copysign(0, -1), r.NormFloat64()}[r.IntN(5)])
 	case reflect.Bool:
 		v.SetBool(true)
 	case reflect.Interface:

@@ -132,7 +132,7 @@ func TestExecute_RejectionReachesTheCode(t *testing.T) {
 	def := saga.Define("rejected", func(s *saga.Run, _ int) (string, error) {
 		err := saga.Execute(s, "reserve", stocks, Reserve{"book", s.ID()})
 		if !command.IsRejection(err) || !errors.Is(err, errSoldOut) {
-			return "", fmt.Errorf("want a rejection, got %v", err)
+			return "", fmt.Errorf("want a rejection, got %w", err)
 		}
 		if err := s.Sleep("a while", day); err != nil {
 			return "", err
@@ -265,20 +265,34 @@ func TestMismatch_BlocksVisibly(t *testing.T) {
 		code   variant
 		reason string
 	}{
-		"renamed": {func(s *saga.Run, ran *[]string) error { return both(s, ran, "reserve", "charge") },
-			`step 3: history has do "pay", code asks do "charge"`},
-		"removed": {func(s *saga.Run, ran *[]string) error { return both(s, ran, "pay") },
-			`step 2: history has do "reserve", code asks do "pay"`},
-		"reordered": {func(s *saga.Run, ran *[]string) error { return both(s, ran, "pay", "reserve") },
-			`step 2: history has do "reserve", code asks do "pay"`},
-		"added": {func(s *saga.Run, ran *[]string) error { return both(s, ran, "check", "reserve", "pay") },
-			`step 2: history has do "reserve", code asks do "check"`},
-		"another kind": {func(s *saga.Run, _ *[]string) error { return s.Sleep("reserve", time.Hour) },
-			`step 2: history has do "reserve", code asks sleep "reserve"`},
-		"occurrence": {func(s *saga.Run, ran *[]string) error { return both(s, ran, "reserve", "reserve") },
-			`step 3: history has do "pay", code asks do "reserve" (occurrence 2)`},
-		"ends early": {func(s *saga.Run, ran *[]string) error { return errDeclined },
-			`step 2: history has do "reserve", code asks rollback`},
+		"renamed": {
+			func(s *saga.Run, ran *[]string) error { return both(s, ran, "reserve", "charge") },
+			`step 3: history has do "pay", code asks do "charge"`,
+		},
+		"removed": {
+			func(s *saga.Run, ran *[]string) error { return both(s, ran, "pay") },
+			`step 2: history has do "reserve", code asks do "pay"`,
+		},
+		"reordered": {
+			func(s *saga.Run, ran *[]string) error { return both(s, ran, "pay", "reserve") },
+			`step 2: history has do "reserve", code asks do "pay"`,
+		},
+		"added": {
+			func(s *saga.Run, ran *[]string) error { return both(s, ran, "check", "reserve", "pay") },
+			`step 2: history has do "reserve", code asks do "check"`,
+		},
+		"another kind": {
+			func(s *saga.Run, _ *[]string) error { return s.Sleep("reserve", time.Hour) },
+			`step 2: history has do "reserve", code asks sleep "reserve"`,
+		},
+		"occurrence": {
+			func(s *saga.Run, ran *[]string) error { return both(s, ran, "reserve", "reserve") },
+			`step 3: history has do "pay", code asks do "reserve" (occurrence 2)`,
+		},
+		"ends early": {
+			func(s *saga.Run, ran *[]string) error { return errDeclined },
+			`step 2: history has do "reserve", code asks rollback`,
+		},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {

@@ -58,7 +58,8 @@ func TestPlans(t *testing.T) {
 		"stream and type": {eventstore.Match(eventstore.Item{Stream: account, Types: []string{"type1"}}), []string{"INDEX deed_events_stream (stream=? AND rowid>? AND rowid<?)"}},
 		"slices":          {eventstore.Match(eventstore.Item{Slices: eventstore.SliceRange{From: 0, To: 512}}), []string{"SEARCH e USING INTEGER PRIMARY KEY (rowid>? AND rowid<?)"}},
 		"several items": {eventstore.Match(eventstore.Item{Stream: account}, eventstore.Item{Tags: []string{"n:2"}}, eventstore.Item{Category: "order"}), []string{
-			"deed_events_stream (stream=? AND rowid>? AND rowid<?)", "SEARCH t USING PRIMARY KEY (tag=? AND position>? AND position<?)", "deed_events_kind (kind=? AND rowid>? AND rowid<?)"}},
+			"deed_events_stream (stream=? AND rowid>? AND rowid<?)", "SEARCH t USING PRIMARY KEY (tag=? AND position>? AND position<?)", "deed_events_kind (kind=? AND rowid>? AND rowid<?)",
+		}},
 	} {
 		for _, backward := range []bool{false, true} {
 			p, err := makePlan(test.query, r.kinds, r.stream)

@@ -9,9 +9,8 @@ import (
 	"strings"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
-
 	jsonv1 "github.com/go-json-experiment/json/v1"
+	lru "github.com/hashicorp/golang-lru/v2"
 
 	"github.com/deed-go/deed/eventstore"
 )

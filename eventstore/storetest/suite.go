@@ -240,9 +240,6 @@ func needQueries(what func(Features) QueryKinds, kinds QueryKinds, in string) fu
 	}
 }
 
-func forward(f Features) QueryKinds   { return f.Forward }
-func backward(f Features) QueryKinds  { return f.Backward }
-func subscribe(f Features) QueryKinds { return f.Subscribe }
 func noneMatch(f Features) QueryKinds { return f.NoneMatch }
 
 // kindOf says which feature the query asks for.
