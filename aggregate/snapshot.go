@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"reflect"
 
-	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
 
 	"github.com/deed-go/deed/eventstore"
@@ -74,7 +73,7 @@ func loadFromSnapshot[S any](ctx context.Context, r *Runtime, def *Definition[S]
 		return history[S]{}, false, nil
 	}
 	var h history[S]
-	if err := jsonv1.Unmarshal(snapshot.State, &h.state); err != nil {
+	if err := eventstore.JSON().Unmarshal(snapshot.State, &h.state); err != nil {
 		return ignore(err)
 	}
 	h.at, h.last = snapshot.Revision, snapshot.LastEvent
@@ -113,11 +112,11 @@ func (a *activation[S]) picture() []byte {
 
 func throughJSON[S any](state *S) (data []byte, err error) {
 	defer caught(&err, func() string { return fmt.Sprintf("the JSON of %T", *state) })
-	if data, err = jsonv1.Marshal(state); err != nil {
+	if data, err = eventstore.JSON().Marshal(state); err != nil {
 		return nil, err
 	}
 	var back S
-	if err := jsonv1.Unmarshal(data, &back); err != nil {
+	if err := eventstore.JSON().Unmarshal(data, &back); err != nil {
 		return nil, err
 	}
 	if !alike.Equal(*state, back) {

@@ -1,10 +1,13 @@
 package eventstore
 
 import (
+	stdjson "encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
 	jsonv1 "github.com/go-json-experiment/json/v1"
 )
 
@@ -25,8 +28,20 @@ func JSON() Codec { return jsonCodec{} }
 type jsonCodec struct{}
 
 func (jsonCodec) Name() string                       { return "" }
-func (jsonCodec) Marshal(value any) ([]byte, error)  { return jsonv1.Marshal(value) }
-func (jsonCodec) Unmarshal(data []byte, p any) error { return jsonv1.Unmarshal(data, p) }
+func (jsonCodec) Marshal(value any) ([]byte, error)  { return stdjson.Marshal(value) }
+func (jsonCodec) Unmarshal(data []byte, p any) error { return json.Unmarshal(data, p, standard) }
+
+// standard makes the faster library read as encoding/json does. Its own options
+// for that know their own type of number, not that of encoding/json.
+var standard = json.JoinOptions(jsonv1.DefaultOptionsV1(), json.WithUnmarshalers(
+	json.UnmarshalFromFunc(func(d *jsontext.Decoder, n *stdjson.Number) error {
+		value, err := d.ReadValue()
+		if err != nil {
+			return err
+		}
+		return stdjson.Unmarshal(value, n)
+	}),
+))
 
 // Encoding knows how each event type is stored, and how what was stored under
 // older schemas or names becomes what the program knows today. It is immutable
@@ -132,14 +147,14 @@ func UpcastBytes(eventType string, from int, up func([]byte) ([]byte, error)) En
 func Upcast[Old, New any](eventType string, from int, up func(Old) (New, error)) EncodingOption {
 	return UpcastBytes(eventType, from, func(data []byte) ([]byte, error) {
 		var old Old
-		if err := jsonv1.Unmarshal(data, &old); err != nil {
+		if err := JSON().Unmarshal(data, &old); err != nil {
 			return nil, err
 		}
 		value, err := up(old)
 		if err != nil {
 			return nil, err
 		}
-		return jsonv1.Marshal(value)
+		return JSON().Marshal(value)
 	})
 }
 

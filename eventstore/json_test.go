@@ -55,10 +55,28 @@ func TestJSON_AgreesWithTheStandardLibrary(t *testing.T) {
 	}
 }
 
+// A number kept as text is still a number in the stored form.
+func TestJSON_Number(t *testing.T) {
+	t.Parallel()
+	type amount struct {
+		Cents json.Number
+		Rate  json.Number `json:",omitempty"`
+	}
+	written, err := eventstore.JSON().Marshal(amount{Cents: "12345678901234567890"})
+	require.NoError(t, err)
+	require.Equal(t, `{"Cents":12345678901234567890}`, string(written))
+	var read amount
+	require.NoError(t, eventstore.JSON().Unmarshal(written, &read))
+	require.Equal(t, amount{Cents: "12345678901234567890"}, read)
+	require.Error(t, eventstore.JSON().Unmarshal([]byte(`{"Cents":"x"}`), &read))
+	_, err = eventstore.JSON().Marshal(amount{Cents: "x"})
+	require.Error(t, err)
+}
+
 func randomType(r *rand.Rand, depth int) reflect.Type {
 	leaves := []reflect.Type{
 		reflect.TypeFor[string](), reflect.TypeFor[int](), reflect.TypeFor[int8](), reflect.TypeFor[uint64](), reflect.TypeFor[float64](), reflect.TypeFor[bool](),
-		reflect.TypeFor[[]byte](), reflect.TypeFor[time.Time](), reflect.TypeFor[time.Duration](), reflect.TypeFor[uuid.UUID](), reflect.TypeFor[any](), reflect.TypeFor[labelled](),
+		reflect.TypeFor[[]byte](), reflect.TypeFor[time.Time](), reflect.TypeFor[time.Duration](), reflect.TypeFor[uuid.UUID](), reflect.TypeFor[any](), reflect.TypeFor[labelled](), reflect.TypeFor[json.Number](),
 	}
 	if depth == 0 || r.IntN(3) == 0 {
 		return leaves[r.IntN(len(leaves))]
@@ -101,6 +119,10 @@ func randomValue(r *rand.Rand, v reflect.Value) {
 	}
 	switch v.Kind() {
 	case reflect.String:
+		if v.Type() == reflect.TypeFor[json.Number]() {
+			v.SetString(fmt.Sprint(r.Int64()))
+			return
+		}
 		v.SetString([]string{"a", "ünïcödé 💥", "<&>", "\u2028", "q\"\\\n\x01", "\x7f"}[r.IntN(6)])
 	case reflect.Int, reflect.Int8, reflect.Int64:
 		v.SetInt(int64(r.Uint64()))

@@ -7,8 +7,6 @@ import (
 	"reflect"
 	"slices"
 
-	jsonv1 "github.com/go-json-experiment/json/v1"
-
 	"github.com/deed-go/deed/eventstore"
 )
 
@@ -232,7 +230,7 @@ func (v *ViewDefinition[R]) Rows(tx StateTx, r Range) iter.Seq2[Entry[R], error]
 func (v *ViewDefinition[R]) table() string { return "view." + v.name }
 
 func (v *ViewDefinition[R]) decodeRow(key string, data []byte, row *R) error {
-	if err := jsonv1.Unmarshal(data, row); err != nil {
+	if err := eventstore.JSON().Unmarshal(data, row); err != nil {
 		return fmt.Errorf("row %q of view %q does not decode into %T: its shape has changed: rebuild the view: %w", key, v.name, *row, errors.Join(errRowShape, err))
 	}
 	return nil

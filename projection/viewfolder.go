@@ -7,8 +7,6 @@ import (
 	"runtime/debug"
 	"slices"
 
-	jsonv1 "github.com/go-json-experiment/json/v1"
-
 	"github.com/deed-go/deed/eventstore"
 )
 
@@ -220,7 +218,7 @@ func (f *viewFolder[R]) encode() error {
 			continue
 		}
 		var err error
-		if c.encoded, err = guard(func() ([]byte, error) { return jsonv1.Marshal(c.row) }); err != nil {
+		if c.encoded, err = guard(func() ([]byte, error) { return eventstore.JSON().Marshal(c.row) }); err != nil {
 			return &handlerError{index: c.by, cause: fmt.Errorf("row %q of view %q does not encode: %w", c.key, f.view.name, err)}
 		}
 	}

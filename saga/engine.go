@@ -150,7 +150,7 @@ func Wait[In, Out any](ctx context.Context, host Host, d *Definition[In, Out], i
 	if eventType == typeFailed {
 		return out, &FailedError{Saga: d.name, ID: id, Compensated: p.Compensated, failure: *p.Error}
 	}
-	if err := jsonv1.Unmarshal(p.Result, &out); err != nil {
+	if err := eventstore.JSON().Unmarshal(p.Result, &out); err != nil {
 		return out, fmt.Errorf("result of saga %q, run %q: %w", d.name, id, err)
 	}
 	return out, nil

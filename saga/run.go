@@ -16,8 +16,6 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	jsonv1 "github.com/go-json-experiment/json/v1"
-
 	"github.com/deed-go/deed/aggregate"
 	"github.com/deed-go/deed/command"
 	"github.com/deed-go/deed/eventstore"
@@ -209,7 +207,7 @@ func Do[T any](s *Run, name string, fn func(Step) (T, error), options ...StepOpt
 	if err != nil {
 		return out, err
 	}
-	if err := jsonv1.Unmarshal(raw, &out); err != nil {
+	if err := eventstore.JSON().Unmarshal(raw, &out); err != nil {
 		s.block(causeMismatch, nil, "the recorded result of step %q does not fit %T: %v", name, out, err)
 	}
 	return out, nil
@@ -686,7 +684,7 @@ func (r *Run) end(result json.RawMessage, err error) {
 }
 
 func encode(value any) (json.RawMessage, error) {
-	raw, err := jsonv1.Marshal(value)
+	raw, err := eventstore.JSON().Marshal(value)
 	if err != nil {
 		return nil, Terminal(fmt.Errorf("%w: a %T does not encode as JSON: %w", eventstore.ErrInvalid, value, err))
 	}

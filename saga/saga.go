@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"slices"
 
-	jsonv1 "github.com/go-json-experiment/json/v1"
-
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/worker"
 )
@@ -86,7 +84,7 @@ func Define[In, Out any](name string, run func(*Run, In) (Out, error), options .
 	}
 	d.code = func(r *Run, raw json.RawMessage) (json.RawMessage, error) {
 		var in In
-		if err := jsonv1.Unmarshal(raw, &in); err != nil {
+		if err := eventstore.JSON().Unmarshal(raw, &in); err != nil {
 			r.block(causeMismatch, nil, "the input does not decode into %T: %v", in, err)
 		}
 		out, err := run(r, in)
@@ -198,7 +196,7 @@ func (d *Definition[In, Out]) StartAny(ctx context.Context, host Host, id string
 		return err
 	}
 	var typed In
-	if err := jsonv1.Unmarshal(raw, &typed); err != nil {
+	if err := eventstore.JSON().Unmarshal(raw, &typed); err != nil {
 		return fmt.Errorf("%w: the input does not decode into %T: %w", eventstore.ErrInvalid, typed, err)
 	}
 	return Start(ctx, host, d, id, typed)
@@ -215,7 +213,7 @@ func (d *Definition[In, Out]) WaitAny(ctx context.Context, host Host, id string,
 	if err != nil {
 		return err
 	}
-	return jsonv1.Unmarshal(raw, out)
+	return eventstore.JSON().Unmarshal(raw, out)
 }
 
 // LookAny is [Look] for tools and tests that do not know the types.
