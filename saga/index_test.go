@@ -53,6 +53,7 @@ func TestIndex_IsMadeAgain(t *testing.T) {
 		for _, lose := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s lost %t", b.name, lose), func(t *testing.T) {
 				t.Parallel()
+				steps := 0 // of the one run that has any
 				def := saga.Define("mixed", func(s *saga.Run, what string) (string, error) {
 					switch what {
 					case "sleeps":
@@ -76,7 +77,11 @@ func TestIndex_IsMadeAgain(t *testing.T) {
 					case "blocks":
 						panic("boom")
 					}
-					return "at once", nil
+					_, err := saga.Do(s, "step", func(saga.Step) (int, error) { steps++; return 0, nil })
+					if err == nil {
+						_, err = saga.Do(s, "step", func(saga.Step) (int, error) { steps++; return 0, nil })
+					}
+					return "at once", err
 				}, saga.On(func(e Placed, r eventstore.Recorded) (string, string) { return r.Stream.ID, e.SKU }))
 				j := newJournal("retries")
 				react := func() saga.Process { return saga.React("welcome", j.react, saga.Retry(2), saga.Backoff(day, day)) }
@@ -106,6 +111,8 @@ func TestIndex_IsMadeAgain(t *testing.T) {
 				}
 				bench = startBench(t, bench.store, bench.clock, saga.Options{}, def, react())
 				bench.settle()
+				require.Len(t, j.handled, 6, "what was handled is not handled again")
+				require.Equal(t, 2, steps, "no step runs again")
 				require.Equal(t, before, list())
 				require.Equal(t, behind, backlogs())
 
@@ -230,3 +237,39 @@ func TestList(t *testing.T) {
 	_, err = b.engine.List(t.Context(), "unknown", saga.ListOptions{})
 	require.ErrorIs(t, err, saga.ErrNotFound)
 }
+
+// TestCache_OutdatedHistory: a run goes on from a history kept in memory to
+// which somebody else has added, unseen so far; the append is refused, and the
+// history read again.
+func TestCache_OutdatedHistory(t *testing.T) {
+	t.Parallel()
+	def := saga.Define("cached", func(s *saga.Run, _ int) (time.Time, error) {
+		err := s.Sleep("wait", day)
+		return s.Now(), err
+	})
+	slow := &lagging{Store: memory.New(), held: make(chan struct{})}
+	b := startBench(t, slow, clock.NewManual(t0), saga.Options{}, def)
+	require.NoError(t, saga.Start(t.Context(), b.engine, def, "r1", 0))
+	b.settle()
+	slow.hold(true)
+	fired := t0.Add(time.Hour)
+	_, err := b.store.Append(t.Context(), eventstore.Commit{Events: []eventstore.Event{
+		{Stream: history("cached", "r1"), Type: "saga.timer_fired", Data: []byte(`{"step":{"kind":"sleep","name":"wait"}}`), Time: fired},
+	}})
+	require.NoError(t, err)
+	b.clock.Set(t0.Add(day)) // fires by itself
+	out, err := saga.Wait(t.Context(), host{b.engine, slow.Store}, def, "r1")
+	require.NoError(t, err)
+	require.Equal(t, fired, out)
+	slow.hold(false)
+	b.settle()
+	require.Equal(t, []string{"saga.started", "saga.timer_set", "saga.timer_fired", "saga.completed"}, b.types(history("cached", "r1")))
+}
+
+// host waits on a store that does not lag.
+type host struct {
+	*saga.Engine
+	store *memory.Store
+}
+
+func (h host) Sagas() *saga.Engine { return saga.NewEngine(h.store, h.store, nil, saga.Options{}) }
