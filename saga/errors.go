@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/deed-go/deed/command"
 )
@@ -131,9 +132,20 @@ func (e *BlockedError) Error() string {
 // Is makes errors.Is(err, ErrBlocked) hold.
 func (e *BlockedError) Is(target error) bool { return target == ErrBlocked }
 
-// failureOf is the recorded form of err.
+// mostErrorBytes bounds each text of a recorded error, so that the record of a
+// failure always fits into an event.
+const mostErrorBytes = 4 << 10
+
+func shorten(text string) string {
+	if len(text) <= mostErrorBytes {
+		return text
+	}
+	return strings.ToValidUTF8(text[:mostErrorBytes], "") + "…"
+}
+
+// failureOf is the recorded form of err; its texts are cut at 4 KiB.
 func failureOf(err error) failure {
-	f := failure{Message: err.Error(), Rejection: command.IsRejection(err), Terminal: IsTerminal(err)}
+	f := failure{Message: shorten(err.Error()), Rejection: command.IsRejection(err), Terminal: IsTerminal(err)}
 	f.Timeout = errors.Is(err, ErrTimeout) || errors.Is(err, context.DeadlineExceeded)
 	const most = 16
 	seen := map[string]bool{}
@@ -142,7 +154,7 @@ func failureOf(err error) failure {
 		if err == nil || len(f.Is) >= most {
 			return
 		}
-		texts := []string{err.Error()}
+		texts := []string{shorten(err.Error())}
 		step, recorded := err.(*StepError) //nolint:errorlint // every error of the tree is visited
 		if recorded {
 			texts = append([]string{step.failure.Message}, step.failure.Is...)

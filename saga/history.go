@@ -369,7 +369,13 @@ func (h *history) apply(eventType string, p *payload, at time.Time, revision eve
 	case typeTimerFired, typeAwaitReceived, typeAwaitTimedOut, typeStepSucceeded, typeStepFailed,
 		typeRollbackAdded, typeSettled, typeRollbackBegan, typeCompensated:
 		rec := h.step(p)
-		rec.outcome, rec.at, rec.result = eventType, at, *p
+		rec.outcome, rec.result = eventType, *p
+		switch eventType {
+		case typeRollbackAdded, typeSettled, typeRollbackBegan, typeCompensated:
+			// Nothing was waited for: these do not move the run's time.
+		default:
+			rec.at = at
+		}
 	case typeBlocked:
 		h.blocked = p
 	case typeResumed:

@@ -132,7 +132,7 @@ func (r *Run) sleep(name string, due func() time.Time) error {
 	}
 	if c := r.carried(id); c != nil {
 		r.emit(typeTimerSet, &payload{Step: &id, Due: c.set.Due})
-		r.emit(typeTimerFired, &payload{Step: &id})
+		r.now = r.emit(typeTimerFired, &payload{Step: &id})
 		return nil
 	}
 	var at time.Time
@@ -219,7 +219,10 @@ func Do[T any](s *Run, name string, fn func(Step) (T, error), options ...StepOpt
 // command.IsRejection holds; other failures are tried again.
 func Execute[S any, C command.Command[S]](s *Run, name string, def *aggregate.Definition[S], c C, options ...StepOption) error {
 	_, err := s.effect(kindExecute, name, options, func(step Step) (json.RawMessage, error) {
-		_, err := command.Execute(step, s.env.bus, def, c, command.Key(step.key))
+		receipt, err := command.Execute(step, s.env.bus, def, c, command.Key(step.key))
+		if err == nil && receipt.First == 0 {
+			s.urgent = true // without events it left no key, and would be judged again
+		}
 		return nil, err
 	})
 	return err
@@ -273,7 +276,7 @@ func (r *Run) await(name string, match Match, timeout time.Duration) (*origin, e
 	}
 	if c := r.carried(id); c != nil {
 		r.emit(typeAwaitSet, &payload{Step: &id, Watch: c.set.Watch, Due: c.set.Due})
-		r.emit(typeAwaitReceived, &payload{Step: &id, Event: c.result.Event})
+		r.now = r.emit(typeAwaitReceived, &payload{Step: &id, Event: c.result.Event})
 		return received(c.result.Event), nil
 	}
 	if rec == nil {
@@ -375,7 +378,9 @@ func (r *Run) effect(kind, name string, options []StepOption, run func(Step) (js
 		r.now = r.emit(typeStepSucceeded, &payload{Step: &id, Result: c.result.Result})
 		return c.result.Result, nil
 	}
-	if kind == kindDo || r.urgent {
+	// A run must have started before it has an effect: its start may lose to
+	// that of another run of the same id.
+	if kind == kindDo || r.urgent || r.h.revision.Version == 0 {
 		r.flush()
 	}
 	p := defaultPolicy()

@@ -204,10 +204,15 @@ func (w *runner) Run(ctx context.Context) error {
 
 func (w *runner) run(ctx context.Context) error {
 	lease, err := w.acquire(ctx)
-	if err != nil || ctx.Err() != nil {
+	if err != nil {
 		return err
 	}
-	defer func() { _ = w.state.Release(context.WithoutCancel(ctx), lease) }()
+	if lease.Epoch > 0 {
+		defer func() { _ = w.state.Release(context.WithoutCancel(ctx), lease) }()
+	}
+	if ctx.Err() != nil {
+		return nil
+	}
 	if err := w.open(ctx, lease); err != nil {
 		if ctx.Err() != nil {
 			return nil
