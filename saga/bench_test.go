@@ -60,7 +60,7 @@ func BenchmarkTimers(b *testing.B) {
 				var events []eventstore.Event
 				for i := from; i < min(from+perCommit, b.N); i++ {
 					events = append(events, eventstore.Event{
-						Stream: eventstore.Stream{Category: "order", ID: fmt.Sprintf("o%d", i)}, Type: "order.placed", Data: []byte(`{"SKU":"book"}`),
+						Stream: eventstore.Stream{Category: "order", ID: fmt.Sprintf("o%d", i)}, Type: "order.placed", Data: []byte(`{"SKU":"book"}`), Time: t0,
 					})
 				}
 				_, err := bench.store.Append(b.Context(), eventstore.Commit{Events: events})
