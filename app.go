@@ -8,6 +8,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -43,15 +44,16 @@ type App struct {
 
 	advance chan struct{} // held by AdvanceTo, one at a time
 
-	mu       sync.Mutex
-	started  bool
-	stopping bool
-	cancel   context.CancelCauseFunc
-	running  map[string]bool
-	failed   []error
-	idle     chan struct{} // closed when the last worker has ended
-	stopped  chan struct{} // closed when Stop has finished
-	stopErr  error
+	stopping atomic.Bool
+
+	mu      sync.Mutex
+	started bool
+	cancel  context.CancelCauseFunc
+	running map[string]bool
+	failed  []error
+	idle    chan struct{} // closed when the last worker has ended
+	stopped chan struct{} // closed when Stop has finished
+	stopErr error
 }
 
 // Start opens the source, checks and wires the parts, and runs the background
@@ -161,7 +163,7 @@ func (a *App) start(ctx context.Context) error {
 func (a *App) launch() error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.stopping {
+	if a.stopping.Load() {
 		return ErrStopped
 	}
 	if a.started {
@@ -209,9 +211,8 @@ func (a *App) Run(ctx context.Context, grace time.Duration) error {
 // that had failed for good before is returned too. Stopping again waits for
 // the first Stop and returns its result.
 func (a *App) Stop(ctx context.Context) error {
-	a.mu.Lock()
-	first := !a.stopping
-	a.stopping = true
+	a.mu.Lock() // not while the workers are being launched
+	first := a.stopping.CompareAndSwap(false, true)
 	a.mu.Unlock()
 	if !first {
 		select {
@@ -323,6 +324,9 @@ func Load[S any](ctx context.Context, app *App, definition *aggregate.Definition
 }
 
 func (a *App) knows(definition any, category string) error {
+	if a.stopping.Load() {
+		return fmt.Errorf("aggregate %q: %w", category, ErrStopped)
+	}
 	if !a.definitions[definition] {
 		return fmt.Errorf("aggregate %q: %w: pass its definition to deed.Start", category, ErrNotRegistered)
 	}
@@ -346,11 +350,13 @@ func (a *App) Now() time.Time { return a.clock.Now() }
 
 // Settle returns when the background work has done everything that the log,
 // as it is, asks for: every projection has caught up and no saga can run. Work
-// that waits for a later time does not count. It fails if something is blocked
-// for good. While others keep appending, it keeps waiting.
+// that waits for a later time does not count, nor do sagas that are blocked and
+// events that were set aside: Sagas().List and Projections().Status show them.
+// It fails if a projection, saga or reaction has stopped for good. While others
+// keep appending, it keeps waiting.
 func (a *App) Settle(ctx context.Context) error {
 	a.mu.Lock()
-	running := a.started && !a.stopping
+	running := a.started && !a.stopping.Load()
 	a.mu.Unlock()
 	if !running {
 		return fmt.Errorf("%w: the background work is not running: use deed.Start, or Run", ErrStopped)

@@ -272,7 +272,7 @@ func TestApp_StopTwiceAndExecuteAfter(t *testing.T) {
 	require.NoError(t, app.Stop(t.Context()))
 	require.NoError(t, app.Stop(t.Context()))
 	_, err = deed.Execute(t.Context(), app, loans, Lend{"moby dick", 1})
-	require.Error(t, err)
+	require.ErrorIs(t, err, deed.ErrStopped)
 	require.ErrorIs(t, app.Settle(t.Context()), deed.ErrStopped)
 	_, err = store.Head(t.Context())
 	require.NoError(t, err, "a store given as Opened stays open")

@@ -22,10 +22,50 @@ type System struct{}
 // Now returns the current time.
 func (System) Now() time.Time { return time.Now() }
 
-// NewTimer waits on a timer of the time package.
+// lookAgain bounds how late a timer can be after the machine was suspended or
+// its clock was set: timers of the time package do not notice either.
+const lookAgain = 5 * time.Minute
+
+// NewTimer waits by the wall clock, on timers of the time package.
 func (System) NewTimer(at time.Time) (<-chan time.Time, func()) {
-	t := time.NewTimer(time.Until(at))
-	return t.C, func() { t.Stop() }
+	at = at.Round(0) // without the monotonic reading
+	t := &systemTimer{at: at, c: make(chan time.Time, 1)}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.timer = time.AfterFunc(t.left(), t.look)
+	return t.c, t.stop
+}
+
+type systemTimer struct {
+	at time.Time
+	c  chan time.Time
+
+	mu      sync.Mutex
+	timer   *time.Timer
+	stopped bool
+}
+
+func (t *systemTimer) left() time.Duration { return min(time.Until(t.at), lookAgain) }
+
+func (t *systemTimer) look() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.stopped {
+		return
+	}
+	if now := time.Now(); now.Before(t.at) {
+		t.timer.Reset(t.left())
+	} else {
+		t.stopped = true
+		t.c <- now
+	}
+}
+
+func (t *systemTimer) stop() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.stopped = true
+	t.timer.Stop()
 }
 
 // Manual moves only by Set.
