@@ -30,6 +30,8 @@ type item struct {
 	keys  []string
 	// problem is why decode failed.
 	problem error
+	// used: a handler has been given the value, which is not as decoded any more.
+	used bool
 	// parked: the event goes to the dead letters and must not be folded.
 	parked bool
 }

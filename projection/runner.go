@@ -374,6 +374,7 @@ func (r *runner) apply(ctx context.Context, lease Lease, items []item, through e
 			return err
 		}
 		r.folder.forget()
+		r.renew(items[:limit])
 		if failure.index > 0 {
 			// Whatever precedes the failure is done first, so that it is not held up.
 			limit, attempts = failure.index, 0
@@ -384,8 +385,6 @@ func (r *runner) apply(ctx context.Context, lease Lease, items []item, through e
 			if err := r.pause(ctx, lease, failure, attempts); err != nil {
 				return err
 			}
-			items[0].value, items[0].keys, items[0].problem = nil, nil, nil
-			r.folder.decode(&items[0])
 			continue
 		}
 		if err := r.setAside(ctx, lease, &items[0], failure.cause, attempts); err != nil {
@@ -398,6 +397,17 @@ func (r *runner) apply(ctx context.Context, lease Lease, items []item, through e
 		return r.skip(ctx, lease, through)
 	}
 	return nil
+}
+
+// renew decodes again what handlers have had in their hands: they may have
+// changed it, or kept parts of it in rows.
+func (r *runner) renew(items []item) {
+	for i := range items {
+		if it := &items[i]; it.used || it.problem != nil {
+			it.value, it.keys, it.problem, it.used = nil, nil, nil, false
+			r.folder.decode(it)
+		}
+	}
 }
 
 // park marks what belongs to streams that were set aside.

@@ -183,6 +183,7 @@ func (f *sqlFolder) call(ctx context.Context, tx Tx, it *item) error {
 	if !ok {
 		return nil
 	}
+	it.used = true
 	_, err := guard(func() (struct{}, error) {
 		return struct{}{}, h.handle(ctx, onlySQL{tx}, it.value, it.event)
 	})

@@ -219,3 +219,58 @@ func TestView_TinyCache(t *testing.T) {
 		require.NoError(t, r.stop())
 	})
 }
+
+type ordered struct{ Lines []int }
+
+type added struct{}
+
+type broken struct{}
+
+func (ordered) EventType() string { return "order.ordered" }
+func (added) EventType() string   { return "order.added" }
+func (broken) EventType() string  { return "order.broken" }
+
+type order struct{ Lines []int }
+
+// A row that keeps a slice of its event changes it later on. When the batch is
+// folded again, because of an event elsewhere, the event is as it was stored.
+func TestView_FoldingAgainBeginsWithTheStoredEvents(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		orders := projection.View("orders",
+			projection.On(func(o *order, e ordered) { o.Lines = e.Lines }),
+			projection.On(func(o *order, _ added) { o.Lines[0]++ }),
+			projection.On(func(*order, broken) { panic("broken") }),
+		)
+		put(t, store, account("one"), ordered{[]int{1}}, added{})
+		put(t, store, account("other"), broken{})
+		put(t, store, account("two"), ordered{[]int{1}}, added{})
+		put(t, store, account("another"), broken{})
+		r := start(t, store, store, projection.Options{Attempts: 2, RetryAfter: 1}, orders)
+		r.caughtUp(t, store, "orders")
+		require.Equal(t, map[string]order{"one": {[]int{2}}, "two": {[]int{2}}}, rows(t, store, orders))
+		require.NoError(t, r.stop())
+	})
+}
+
+// An event that touches several rows gives each of them memory of its own.
+func TestOnKeyed_RowsDoNotShareTheEvent(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		orders := projection.View("orders",
+			projection.OnKeyed(
+				func(ordered, eventstore.Recorded) []string { return []string{"a", "b", "c"} },
+				func(o *order, _ string, e ordered, _ eventstore.Recorded) { o.Lines = e.Lines }),
+			projection.On(func(o *order, _ added) { o.Lines[0]++ }),
+		)
+		put(t, store, account("x"), ordered{[]int{1}})
+		put(t, store, account("a"), added{})
+		put(t, store, account("c"), added{}, added{})
+		r := start(t, store, store, projection.Options{}, orders)
+		r.caughtUp(t, store, "orders")
+		require.Equal(t, map[string]order{"a": {[]int{2}}, "b": {[]int{1}}, "c": {[]int{3}}}, rows(t, store, orders))
+		require.NoError(t, r.stop())
+	})
+}

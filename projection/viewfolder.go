@@ -231,7 +231,15 @@ func (f *viewFolder[R]) call(h *viewHandler[R], row *R, key string, it *item) (e
 			err = &PanicError{Value: p, Stack: debug.Stack()}
 		}
 	}()
-	return h.fold(f.enc, row, key, it.value, it.event)
+	value := it.value
+	if it.used && h.decode != nil {
+		// Rows that keep parts of the event must not share them.
+		if value, err = h.decode(f.enc, it.event); err != nil {
+			return err
+		}
+	}
+	it.used = true
+	return h.fold(f.enc, row, key, value, it.event)
 }
 
 var errEmptyKey = errors.New("the keys function returned an empty key: leave it out to touch no row")
