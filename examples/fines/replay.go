@@ -11,6 +11,7 @@ import (
 	"github.com/deed-go/deed"
 	"github.com/deed-go/deed/command"
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/saga"
 )
 
 // errInterrupted: the replay was asked to stop; what it has done is kept.
@@ -68,7 +69,31 @@ func replay(ctx context.Context, app *deed.App, title string, log io.Reader, pro
 		}
 		progress(Progress{Date: last.Date, Rows: last.Number, Executed: last.Number - begun.Row, Events: int(head)})
 	}
+	if err := sound(working, app); err != nil {
+		return 0, err
+	}
 	return app.Store().Head(working)
+}
+
+// sound returns an error if something that the report rests on was set aside.
+func sound(ctx context.Context, app *deed.App) error {
+	blocked, err := app.Sagas().List(ctx, penalties.Name(), saga.ListOptions{Status: []saga.Status{saga.StatusBlocked}, Limit: 1})
+	if err != nil {
+		return err
+	}
+	if len(blocked) > 0 {
+		return fmt.Errorf("the saga of fine %q is blocked: %s", blocked[0].ID, blocked[0].Error)
+	}
+	views, err := app.Projections().Status(ctx)
+	if err != nil {
+		return err
+	}
+	for _, view := range views {
+		if view.DeadLetters > 0 {
+			return fmt.Errorf("view %q has set %d events aside: %w", view.Name, view.DeadLetters, view.Err)
+		}
+	}
+	return nil
 }
 
 // judge executes the rows of a date: different fines at once, the rows of one

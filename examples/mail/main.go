@@ -99,8 +99,18 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 		fmt.Fprintf(stdout, "%s is placed\n", *order)
 	}
 	// A server would go on serving. Here we wait until all that the order causes is
-	// done.
-	return app.Settle(ctx)
+	// done, or waits for its next attempt.
+	if err := app.Settle(ctx); err != nil {
+		return err
+	}
+	late, err := app.Sagas().Backlogs(ctx, "welcome")
+	if err != nil {
+		return err
+	}
+	if len(late) > 0 {
+		return fmt.Errorf("the mail could not be sent yet, and is tried again after the next start: %s", late[0].Error)
+	}
+	return nil
 }
 
 // dieHard ends the process as a power cut would: nothing is flushed, nothing

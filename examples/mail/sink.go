@@ -81,16 +81,21 @@ func (s *session) Data(r io.Reader) error {
 	if id == "" {
 		return errors.New("the mail has no Message-ID, by which it is kept")
 	}
-	file, err := os.OpenFile(filepath.Join(s.folder, fileName(id)), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if errors.Is(err, os.ErrExist) {
+	path := filepath.Join(s.folder, fileName(id))
+	if _, err := os.Stat(path); err == nil {
 		fmt.Fprintf(s.out, "mailbox: the mail %s is here already\n", id)
 		return nil
 	}
+	// Under its name it is whole, whenever the process dies.
+	file, err := os.CreateTemp(s.folder, "arriving-*")
 	if err != nil {
 		return err
 	}
 	_, err = file.Write(data)
 	if err := errors.Join(err, file.Sync(), file.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(file.Name(), path); err != nil {
 		return err
 	}
 	fmt.Fprintf(s.out, "mailbox: got %q for %s, %s\n", message.Header.Get("Subject"), s.to, id)
