@@ -165,6 +165,27 @@ func TestSQL_PoisonIsSetAside(t *testing.T) {
 	require.NoError(t, r.stop())
 }
 
+// A handler that changes its event gets it as it was stored when it is called again.
+func TestSQL_RetryBeginsWithTheStoredEvent(t *testing.T) {
+	t.Parallel()
+	store := openSQLite(t)
+	var calls atomic.Int64
+	var got []int // by the worker alone, read when it has caught up
+	d := projection.SQL("orders", projection.OnSQL(func(_ context.Context, _ projection.Tx, e ordered, _ eventstore.Recorded) error {
+		got = append(got, e.Lines[0])
+		e.Lines[0]++
+		if calls.Add(1) < 3 {
+			return errors.New("not yet")
+		}
+		return nil
+	}))
+	put(t, store, account("ann"), ordered{[]int{1}})
+	r := start(t, store, store, projection.Options{RetryAfter: 1, RetryAtMost: 1}, d)
+	r.caughtUp(t, store, "orders")
+	require.NoError(t, r.stop())
+	require.Equal(t, []int{1, 1, 1}, got)
+}
+
 func TestSQL_RebuildNeedsReset(t *testing.T) {
 	t.Parallel()
 	store := openSQLite(t)

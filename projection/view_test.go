@@ -224,11 +224,14 @@ type ordered struct{ Lines []int }
 
 type added struct{}
 
+type assigned struct{ Owners []string }
+
 type broken struct{}
 
-func (ordered) EventType() string { return "order.ordered" }
-func (added) EventType() string   { return "order.added" }
-func (broken) EventType() string  { return "order.broken" }
+func (ordered) EventType() string  { return "order.ordered" }
+func (added) EventType() string    { return "order.added" }
+func (assigned) EventType() string { return "order.assigned" }
+func (broken) EventType() string   { return "order.broken" }
 
 type order struct{ Lines []int }
 
@@ -250,6 +253,30 @@ func TestView_FoldingAgainBeginsWithTheStoredEvents(t *testing.T) {
 		r := start(t, store, store, projection.Options{Attempts: 2, RetryAfter: 1}, orders)
 		r.caughtUp(t, store, "orders")
 		require.Equal(t, map[string]order{"one": {[]int{2}}, "two": {[]int{2}}}, rows(t, store, orders))
+		require.NoError(t, r.stop())
+	})
+}
+
+// Keys may be the event's own, and spoilt by the fold.
+func TestOnKeyed_FoldingAgainAsksForTheKeysAgain(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		type count struct{ Events int }
+		owners := projection.View("owners",
+			projection.OnKeyed(
+				func(e assigned, _ eventstore.Recorded) []string { return e.Owners },
+				func(c *count, _ string, e assigned, _ eventstore.Recorded) {
+					e.Owners[0] = "spoilt"
+					c.Events++
+				}),
+			projection.On(func(*count, broken) { panic("broken") }),
+		)
+		put(t, store, account("x"), assigned{[]string{"ann"}}, assigned{[]string{"bob"}})
+		put(t, store, account("y"), broken{})
+		r := start(t, store, store, projection.Options{Attempts: 2, RetryAfter: 1}, owners)
+		r.caughtUp(t, store, "owners")
+		require.Equal(t, map[string]count{"ann": {1}, "bob": {1}}, rows(t, store, owners))
 		require.NoError(t, r.stop())
 	})
 }
