@@ -16,6 +16,8 @@ type guard struct {
 	id    uintptr
 	on    atomic.Bool
 	pages atomic.Int64 // in the write-ahead log after the last commit
+
+	altered atomic.Bool // a statement that changes a table was prepared
 }
 
 // guards finds the guard for the id that SQLite hands back: it cannot keep a
@@ -65,25 +67,45 @@ func (g *guard) forget() {
 // ownPrefix begins the names of deed's own tables.
 const ownPrefix = "deed_"
 
-func authorize(_ *libc.TLS, id uintptr, action int32, first, second, _, _ uintptr) int32 {
+// own reports whether a name is one of deed's, or of the table that gives the
+// pages of the file.
+func own(name uintptr) bool {
+	text := strings.ToLower(libc.GoString(name))
+	return strings.HasPrefix(text, ownPrefix) || text == "sqlite_dbpage"
+}
+
+func authorize(_ *libc.TLS, id uintptr, action int32, first, second, database, _ uintptr) int32 {
 	g := guardOf(id)
 	if g == nil || !g.on.Load() {
 		return sqlite3.SQLITE_OK
 	}
-	table := first
+	denied := false
 	switch action {
 	case sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA:
-		return sqlite3.SQLITE_DENY
+		denied = true
+	// What is temporary belongs to the connection, outlives the transaction and
+	// goes before deed's tables: it would change what deed's own statements do.
+	case sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_VIEW, sqlite3.SQLITE_CREATE_TEMP_INDEX, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
+		sqlite3.SQLITE_DROP_TEMP_TABLE, sqlite3.SQLITE_DROP_TEMP_VIEW, sqlite3.SQLITE_DROP_TEMP_INDEX, sqlite3.SQLITE_DROP_TEMP_TRIGGER:
+		denied = true
+	case sqlite3.SQLITE_CREATE_VTABLE, sqlite3.SQLITE_DROP_VTABLE:
+		denied = own(first) || strings.EqualFold(libc.GoString(database), "temp")
 	case sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE,
 		sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_CREATE_VIEW, sqlite3.SQLITE_DROP_TABLE, sqlite3.SQLITE_DROP_VIEW:
-	case sqlite3.SQLITE_ALTER_TABLE, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX,
-		sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER:
-		table = second
-	default:
-		return sqlite3.SQLITE_OK
+		denied = own(first)
+	case sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX, sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_DROP_TRIGGER:
+		denied = own(first) || own(second) // its own name, and its table's
+	case sqlite3.SQLITE_ALTER_TABLE:
+		g.altered.Store(true) // the new name of a table is not told
+		denied = own(second)
 	}
-	if strings.HasPrefix(strings.ToLower(libc.GoString(table)), ownPrefix) {
+	if denied {
 		return sqlite3.SQLITE_DENY
 	}
 	return sqlite3.SQLITE_OK
+}
+
+// ownObjects counts what bears a name of deed's.
+func ownObjects(c *conn) (int64, error) {
+	return c.number(`SELECT count(*) FROM sqlite_schema WHERE name LIKE 'deed\_%' ESCAPE '\'`)
 }

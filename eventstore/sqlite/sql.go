@@ -50,8 +50,26 @@ func (tx *stateTx) Exec(ctx context.Context, query string, args ...any) (int64, 
 		if err != nil {
 			return total, sqlFailure(query, err)
 		}
+		if tx.c.guard.altered.Swap(false) {
+			if err := tx.namesKept(); err != nil {
+				return total, fmt.Errorf("sql %q: %w", query, err)
+			}
+		}
 		text = rest
 	}
+}
+
+// namesKept makes the transaction fail when a table was given one of deed's
+// names.
+func (tx *stateTx) namesKept() error {
+	objects, err := ownObjects(tx.c)
+	if err == nil && objects != tx.store.objects {
+		err = fmt.Errorf("%w: names that begin with %s are taken: choose another one", eventstore.ErrInvalid, ownPrefix)
+	}
+	if err != nil {
+		return tx.fail(err)
+	}
+	return nil
 }
 
 func (tx *stateTx) execute(s *statement, args []any) (int64, error) {
@@ -89,7 +107,8 @@ func (tx *stateTx) compile(text string) (*statement, string, error) {
 	if s == nil || err != nil {
 		return nil, rest, err
 	}
-	if strings.TrimSpace(rest) != "" || !tx.c.keep(userText+text, s) {
+	// One that alters a table is not kept, so that the guard sees each of its runs.
+	if strings.TrimSpace(rest) != "" || tx.c.guard.altered.Load() || !tx.c.keep(userText+text, s) {
 		s.transient = true
 	}
 	return s, rest, nil
@@ -133,7 +152,7 @@ func (tx *stateTx) oneAtATime() error {
 
 func sqlFailure(query string, err error) error {
 	if isCode(err, sqlite3.SQLITE_AUTH) {
-		return fmt.Errorf("%w: sql %q: transactions, pragmas, other files and tables named deed_… are not for projections: %w", eventstore.ErrInvalid, query, err)
+		return fmt.Errorf("%w: sql %q: transactions, pragmas, other files, temporary tables and names like deed_… are not for projections: %w", eventstore.ErrInvalid, query, err)
 	}
 	return fmt.Errorf("sql %q: %w", query, err)
 }
@@ -171,13 +190,21 @@ func (r *queryRows) Next() bool {
 	}
 	if err := r.ctx.Err(); err != nil {
 		r.err = err
-	} else if r.row, err = r.s.step(); err != nil {
+	} else if r.row, err = r.step(); err != nil {
 		r.err = sqlFailure(r.text, err)
 	}
 	if !r.row {
 		_ = r.Close()
 	}
 	return r.row
+}
+
+// step is guarded because SQLite prepares a statement anew when the schema has
+// changed.
+func (r *queryRows) step() (bool, error) {
+	r.tx.c.guard.on.Store(true)
+	defer r.tx.c.guard.on.Store(false)
+	return r.s.step()
 }
 
 func (r *queryRows) Err() error { return r.err }

@@ -25,6 +25,7 @@ type Store struct {
 	lock     *lock
 	logID    string
 	limits   eventstore.Limits
+	objects  int64 // of deed's in the file
 	now      func() time.Time
 
 	appends groupcommit.Queue[*entry]
@@ -189,6 +190,9 @@ func (s *Store) start() (*writer, error) {
 	}
 	if err == nil {
 		_, err = c.row("SELECT id FROM deed_log", func(row *statement) { s.logID = row.text(0) })
+	}
+	if err == nil {
+		s.objects, err = ownObjects(c)
 	}
 	var head eventstore.Position
 	var known *kinds
