@@ -257,38 +257,106 @@ func List[R any](ctx context.Context, host Host, view *projection.ViewDefinition
 	return page, nil
 }
 
-// All yields the rows that [List] would return, one by one, without keeping
-// them (unless they must be sorted). They come from one snapshot, held while
-// the loop runs: the body may query and execute commands, but sees its own
-// effects only afterwards. After an error nothing more is yielded.
+// allPage is how many rows [All] reads at once.
+const allPage = 256
+
+// All yields the rows that [List] would return, one by one. It reads some
+// hundred at a time and holds nothing while the body runs, which may query and
+// execute commands. So the rows are in order and none comes twice, but they are
+// not of one moment: a row that changes while the loop is on its way to it is
+// yielded as it is then. Only with [OrderBy], where all rows are read before
+// the first is yielded, and within a [Handler], whose snapshot All uses, are
+// they of one moment.
+//
+// [AtLeast] holds for every row. After an error nothing more is yielded.
 func All[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], options ...ListOption) iter.Seq2[Entry[R], error] {
 	return func(yield func(Entry[R], error) bool) {
-		fail := func(err error) { yield(Entry[R]{}, fmt.Errorf("read view %q: %w", view.Name(), err)) }
 		p, err := newPlan[R](options)
-		if err != nil {
-			fail(err)
-			return
-		}
-		stopped := false
-		err = read(ctx, host, p.conditions, func(tx projection.StateTx) error {
+		if err == nil {
 			n := 0
-			for e, err := range p.rows(ctx, tx, view) {
-				if err != nil {
-					return err
-				}
-				if p.limit > 0 && n == p.limit {
-					return nil
+			for e, wrong := range all(ctx, host, view, p) {
+				if err = wrong; err != nil {
+					break
 				}
 				n++
-				if !yield(e, nil) {
-					stopped = true
-					return nil
+				if !yield(e, nil) || n == p.limit {
+					return
 				}
 			}
-			return nil
-		}, view)
-		if err != nil && !stopped {
-			fail(err)
+		}
+		if err != nil {
+			yield(Entry[R]{}, fmt.Errorf("read view %q: %w", view.Name(), err))
 		}
 	}
+}
+
+// all yields what the plan selects, in order, whatever its limit.
+func all[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], p *plan[R]) iter.Seq2[Entry[R], error] {
+	if r, ok := host.(Reader); ok {
+		return func(yield func(Entry[R], error) bool) {
+			if err := r.check(p.conditions, view); err != nil {
+				yield(Entry[R]{}, err)
+				return
+			}
+			p.rows(ctx, r.tx, view)(yield)
+		}
+	}
+	return func(yield func(Entry[R], error) bool) {
+		for after := p.after; ; {
+			page, more, err := readPage(ctx, host, view, p, after)
+			for _, e := range page {
+				if err == nil {
+					err = ctx.Err()
+				}
+				if err != nil {
+					break
+				}
+				if p.compare == nil && p.keep != nil && !p.keep(e.Key, e.Row) {
+					continue
+				}
+				if !yield(e, nil) {
+					return
+				}
+			}
+			if err != nil {
+				yield(Entry[R]{}, err)
+				return
+			}
+			if !more {
+				return
+			}
+			after = &page[len(page)-1]
+		}
+	}
+}
+
+// readPage returns the rows after the entry, and whether there may be more:
+// every row that the plan selects if it orders them, and else a page of rows
+// that may not all be wanted.
+func readPage[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], p *plan[R], after *Entry[R]) (page []Entry[R], more bool, err error) {
+	of := &plan[R]{listing: listing{prefix: p.prefix, backward: p.backward}, compare: p.compare, after: after}
+	most := allPage
+	if p.compare != nil {
+		of.keep = p.keep
+	} else {
+		if p.keep == nil && p.limit > 0 {
+			most = min(most, p.limit)
+		}
+		of.limit = most
+	}
+	err = read(ctx, host, p.conditions, func(tx projection.StateTx) error {
+		page, more = nil, false
+		for e, err := range of.rows(ctx, tx, view) {
+			if err != nil {
+				return err
+			}
+			if of.limit > 0 && len(page) == most {
+				more = true
+				return nil
+			}
+			page = append(page, e)
+		}
+		return nil
+	}, view)
+	return page, more, err
 }

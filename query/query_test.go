@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"path/filepath"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/eventstore/sqlite"
 	"github.com/deed-go/deed/projection"
 	"github.com/deed-go/deed/query"
 )
@@ -50,9 +52,16 @@ func newOwners() *projection.ViewDefinition[owner] {
 	))
 }
 
+// backend is a store that is a state too.
+type backend interface {
+	eventstore.Store
+	projection.State
+	Close() error
+}
+
 // app is the smallest host.
 type app struct {
-	store  *memory.Store
+	store  backend
 	engine *projection.Engine
 	stop   func()
 }
@@ -61,7 +70,11 @@ func (a *app) Projections() *projection.Engine { return a.engine }
 
 func start(t testing.TB, projections ...projection.Projection) *app {
 	t.Helper()
-	store := memory.New()
+	return startOn(t, memory.New(), projections...)
+}
+
+func startOn(t testing.TB, store backend, projections ...projection.Projection) *app {
+	t.Helper()
 	a := &app{store: store, engine: projection.NewEngine(store, store, projection.Options{Logger: slog.New(slog.DiscardHandler)})}
 	for _, p := range projections {
 		require.NoError(t, a.engine.Add(p))
@@ -299,7 +312,7 @@ func TestAll_StopsEarly(t *testing.T) {
 	}
 	require.Equal(t, 1, n)
 
-	// The body may query and write: the loop holds a snapshot, not a lock.
+	// The body may query and write.
 	for e, err := range query.All(t.Context(), a, balances) {
 		require.NoError(t, err)
 		receipt := a.put(t, e.Key, deposited{1})
@@ -308,6 +321,146 @@ func TestAll_StopsEarly(t *testing.T) {
 		require.EqualValues(t, 1, got.Cents)
 		require.Zero(t, e.Row.Cents)
 	}
+}
+
+// What All yields is what List returns, also when it takes many reads.
+func TestAll_ReadsInPages(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	a := start(t, balances)
+	var last eventstore.Receipt
+	for i := range 1000 {
+		last = a.put(t, fmt.Sprintf("%c%03d", 'a'+i%2, i), deposited{int64(i % 7)})
+	}
+	cut, err := query.List(t.Context(), a, balances, query.Limit(100), query.AtLeast(last))
+	require.NoError(t, err)
+	cutBackward, err := query.List(t.Context(), a, balances, query.Limit(100), query.Backward())
+	require.NoError(t, err)
+	byCents := query.OrderBy(func(x, y balance) int { return cmp.Compare(x.Cents, y.Cents) })
+	cutOrdered, err := query.List(t.Context(), a, balances, query.Limit(100), byCents)
+	require.NoError(t, err)
+	rare := query.Where(func(key string, _ balance) bool { return key == "a002" || key == "b997" })
+	for name, options := range map[string][]query.ListOption{
+		"all":                  nil,
+		"backward":             {query.Backward()},
+		"prefix":               {query.Prefix("b")},
+		"prefix backward":      {query.Prefix("a"), query.Backward()},
+		"after":                {query.After(cut.Next)},
+		"after backward":       {query.After(cutBackward.Next), query.Backward()},
+		"limit":                {query.Limit(300)},
+		"limit of a page":      {query.Limit(256)},
+		"limit within a page":  {query.Limit(10), query.After(cut.Next)},
+		"pages without a row":  {rare},
+		"where, limit":         {rare, query.Limit(2)},
+		"ordered":              {byCents},
+		"ordered backward":     {byCents, query.Backward(), query.Prefix("a")},
+		"ordered after":        {byCents, query.After(cutOrdered.Next), query.Limit(300)},
+		"ordered where":        {byCents, rare},
+		"nothing":              {query.Prefix("c")},
+		"prefix, after, limit": {query.Prefix("a"), query.After(cut.Next), query.Limit(256)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			want, err := query.List(t.Context(), a, balances, options...)
+			require.NoError(t, err)
+			var got []query.Entry[balance]
+			for e, err := range query.All(t.Context(), a, balances, options...) {
+				require.NoError(t, err)
+				got = append(got, e)
+			}
+			require.Equal(t, want.Entries, got)
+		})
+	}
+	n := 0
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	for _, err := range query.All(ctx, a, balances) {
+		if n++; n == 300 {
+			cancel()
+		} else if n > 300 {
+			require.ErrorIs(t, err, context.Canceled)
+		}
+	}
+	require.Equal(t, 301, n, "the end of the context ends the loop with an error")
+}
+
+// A loop holds nothing while its body runs: more of them than the store has
+// connections for views, each with a query in its body, do not wait for each
+// other.
+func TestAll_BodiesMayQuery(t *testing.T) {
+	t.Parallel()
+	store, err := sqlite.Open(t.Context(), filepath.Join(t.TempDir(), "events.db"))
+	require.NoError(t, err)
+	balances := newBalances()
+	a := startOn(t, store, balances)
+	last := a.put(t, "ann", opened{"Ann"})
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	const loops = 40 // of 16 connections
+	var loop, within sync.WaitGroup
+	within.Add(loops)
+	everybody := make(chan struct{})
+	go func() { within.Wait(); close(everybody) }()
+	problems := make(chan error, loops)
+	for range loops {
+		loop.Go(func() {
+			entered := sync.OnceFunc(within.Done)
+			defer entered()
+			for e, err := range query.All(ctx, a, balances, query.AtLeast(last)) {
+				if err != nil {
+					problems <- err
+					return
+				}
+				entered()
+				select {
+				case <-everybody:
+				case <-ctx.Done():
+					problems <- errors.New("the loops wait for each other")
+					return
+				}
+				if _, err := query.Get(ctx, a, balances, e.Key); err != nil {
+					problems <- err
+				}
+			}
+		})
+	}
+	loop.Wait()
+	<-everybody
+	close(problems)
+	for err := range problems {
+		t.Error(err)
+	}
+}
+
+// Within a handler All shows the handler's moment.
+func TestAll_WithinAHandler(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	a := start(t, balances)
+	var last eventstore.Receipt
+	for i := range 600 {
+		last = a.put(t, fmt.Sprintf("%03d", i), deposited{1})
+	}
+	sum := query.Handle("sum", func(ctx context.Context, r query.Reader, _ struct{}) (int64, error) {
+		var total int64
+		for e, err := range query.All(ctx, r, balances) {
+			if err != nil {
+				return 0, err
+			}
+			if total += e.Row.Cents; e.Key == "000" {
+				moved := a.put(t, "599", deposited{1})
+				if _, err := query.Get(ctx, a, balances, "599", query.AtLeast(moved)); err != nil {
+					return 0, err
+				}
+			}
+		}
+		return total, nil
+	}, balances)
+	got, err := query.Ask(t.Context(), a, sum, struct{}{}, query.AtLeast(last))
+	require.NoError(t, err)
+	require.EqualValues(t, 600, got)
+	got, err = query.Ask(t.Context(), a, sum, struct{}{})
+	require.NoError(t, err)
+	require.EqualValues(t, 601, got)
 }
 
 // A handler sees all its views at one moment, however fast they move.
