@@ -22,6 +22,7 @@ type conn struct {
 	db         uintptr
 	statements map[string]*statement
 	guard      *guard
+	harm       error // the first failure that was not of a statement's making
 }
 
 // sqliteError is what the SQLite library answered.
@@ -85,7 +86,14 @@ func (c *conn) failure(code int32) error {
 	if message == "" {
 		message = libc.GoString(sqlite3.Xsqlite3_errstr(c.tls, code))
 	}
-	return &sqliteError{code: int(code), message: message}
+	err := &sqliteError{code: int(code), message: message}
+	switch code & 0xff {
+	case sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_CORRUPT:
+		if c.harm == nil {
+			c.harm = err
+		}
+	}
+	return err
 }
 
 // close releases the connection; it cannot be used afterwards.
@@ -290,7 +298,11 @@ func (s *statement) release(i int) {
 	}
 }
 
-// reset makes the statement ready to be bound and stepped again.
+// rewind makes the statement, which stays the caller's, ready to be bound and
+// stepped again.
+func (s *statement) rewind() { sqlite3.Xsqlite3_reset(s.c.tls, s.p) }
+
+// reset gives the statement back.
 func (s *statement) reset() {
 	s.busy = false
 	if s.transient {

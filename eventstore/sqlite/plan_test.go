@@ -126,6 +126,31 @@ func TestStore_Read_ManyItems(t *testing.T) {
 	}
 }
 
+// A statement that is read row by row is not finalized meanwhile, though the
+// names of streams need others and the connection keeps only so many.
+func TestStore_Read_StatementsMakeRoom(t *testing.T) {
+	t.Parallel()
+	s := open(t, filepath.Join(t.TempDir(), "log.db"), func(s *settings) error { s.readers = 1; return nil })
+	for i := range 4 {
+		_, err := s.Append(t.Context(), eventstore.Commit{Events: one(eventstore.Stream{Category: "account", ID: fmt.Sprint(i)}, "opened", "a", "b")})
+		require.NoError(t, err)
+	}
+	c, err := s.pages.get(t.Context())
+	require.NoError(t, err)
+	// Two are to come for the query; the third is for the first name.
+	for i := 0; len(c.statements) < mostStatements-2; i++ {
+		require.NoError(t, c.run(fmt.Sprintf("SELECT %d WHERE 0", i)))
+	}
+	s.pages.put(c)
+	n := 0
+	for e, err := range s.Read(t.Context(), eventstore.Tagged("a", "b"), eventstore.ReadOptions{}) {
+		require.NoError(t, err)
+		require.Equal(t, fmt.Sprint(n), e.Stream.ID)
+		n++
+	}
+	require.Equal(t, 4, n)
+}
+
 // Events that another program removed are a loud error, not silence.
 func TestStore_Gap(t *testing.T) {
 	t.Parallel()

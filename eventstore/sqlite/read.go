@@ -219,7 +219,7 @@ func (r *scanner) merged(arms []arm, at span, limit int, consider func(*statemen
 		if err != nil || !more {
 			return err
 		}
-		s.reset()
+		s.rewind()
 	}
 	return nil
 }

@@ -112,6 +112,14 @@ func (w *writer) updates() bool {
 		if verdict == nil && tx.failed != nil {
 			verdict = tx.failed
 		}
+		if !w.c.inTransaction() {
+			if verdict == nil {
+				verdict = errRolledBack
+			}
+			u.outcome <- verdict
+			w.loseUpdates(done)
+			return true
+		}
 		if verdict != nil {
 			if err := w.c.exec("ROLLBACK TO deed; RELEASE deed"); err != nil {
 				u.outcome <- verdict
@@ -160,6 +168,18 @@ func (w *writer) abandonUpdates(done []*update, err error) {
 	}
 }
 
+// loseUpdates refuses updates that SQLite rolled back together with another
+// one. The connection is good unless it was more than SQL's wish.
+func (w *writer) loseUpdates(done []*update) {
+	if w.c.harm != nil {
+		w.abandonUpdates(done, w.c.harm)
+		return
+	}
+	for _, u := range done {
+		u.outcome <- fmt.Errorf("state update: another one that shared its transaction: %w", errRolledBack)
+	}
+}
+
 // stateTx implements projection.StateTx.
 type stateTx struct {
 	store    *Store
@@ -169,7 +189,15 @@ type stateTx struct {
 	failed   error            // every call fails with it
 	made     map[string]int64 // tables made in the transaction
 	open     *queryRows
+	scans    map[*cursor]struct{}
 }
+
+// cursor is a statement that is being read; nil once it was given back.
+type cursor struct{ s *statement }
+
+// errRolledBack: SQLite ended the transaction, as SQL's OR ROLLBACK and
+// RAISE(ROLLBACK) ask for and as some failures force it to.
+var errRolledBack = errors.New("the transaction was rolled back by a statement: nothing was written")
 
 var errEnded = errors.New("the transaction has ended: do not keep it beyond its function")
 
@@ -177,12 +205,26 @@ func (tx *stateTx) end() {
 	if tx.open != nil {
 		_ = tx.open.Close()
 	}
+	for c := range tx.scans { // of iterators that were left without being stopped
+		tx.release(c)
+	}
 	tx.ended = true
+}
+
+func (tx *stateTx) release(c *cursor) {
+	if c.s != nil {
+		c.s.reset()
+		c.s = nil
+		delete(tx.scans, c)
+	}
 }
 
 func (tx *stateTx) usable() error {
 	if tx.ended {
 		return errEnded
+	}
+	if tx.failed == nil && !tx.c.inTransaction() {
+		tx.failed = errRolledBack
 	}
 	return tx.failed
 }
@@ -479,7 +521,12 @@ func (tx *stateTx) Scan(table string, r projection.Range) iter.Seq2[projection.R
 			fail(err)
 			return
 		}
-		defer func() { s.reset() }()
+		c := &cursor{s}
+		if tx.scans == nil {
+			tx.scans = map[*cursor]struct{}{}
+		}
+		tx.scans[c] = struct{}{}
+		defer tx.release(c)
 		if err := s.bindAll(append([]any{id}, args...)); err != nil {
 			fail(err)
 			return

@@ -3,8 +3,10 @@ package sqlite
 import (
 	"context"
 	"errors"
+	"iter"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -121,6 +123,118 @@ func TestStore_Update_Savepoints(t *testing.T) {
 	}))
 }
 
+// When a statement rolls everything back and the function goes on, nothing of
+// its update is kept, nor of those that shared the transaction, which learn of
+// it. The connection and later updates are sound.
+func TestStore_Update_RolledBack(t *testing.T) {
+	t.Parallel()
+	s := open(t, filepath.Join(t.TempDir(), "log.db"))
+	ctx := t.Context()
+	require.NoError(t, s.Update(ctx, func(tx projection.StateTx) error {
+		_, err := tx.Exec(ctx, `CREATE TABLE mine (id INTEGER PRIMARY KEY); INSERT INTO mine VALUES (1);
+			CREATE TRIGGER strict BEFORE DELETE ON mine BEGIN SELECT RAISE(ROLLBACK, 'kept'); END`)
+		return err
+	}))
+	lease, err := s.Acquire(ctx, "p", "me", 0)
+	require.NoError(t, err)
+	view := func(fn func(tx projection.StateTx)) {
+		require.NoError(t, s.View(ctx, func(tx projection.StateTx) error { fn(tx); return nil }))
+	}
+	for _, text := range []string{"INSERT OR ROLLBACK INTO mine VALUES (1)", "DELETE FROM mine"} {
+		running, finish := make(chan struct{}), make(chan struct{})
+		var done []chan error
+		update := func(fn func(projection.StateTx) error) {
+			result := make(chan error, 1)
+			done = append(done, result)
+			before := s.updates.Len()
+			go func() { result <- s.Update(ctx, fn) }()
+			for len(done) > 1 && s.updates.Len() == before {
+				runtime.Gosched()
+			}
+		}
+		update(func(tx projection.StateTx) error { close(running); <-finish; return tx.Put("shared", "a", nil) })
+		<-running
+		update(func(tx projection.StateTx) error {
+			err := tx.Put("own", "a", nil)
+			_, ignored := tx.Exec(ctx, text)
+			assert.Error(t, ignored)
+			assert.ErrorIs(t, tx.Put("own", "b", nil), errRolledBack)
+			assert.ErrorIs(t, tx.SetCheckpoint(lease, projection.Checkpoint{}, projection.Checkpoint{Log: "log", Position: 7}), errRolledBack)
+			return err
+		})
+		update(func(tx projection.StateTx) error { return tx.Put("later", "a", nil) })
+		close(finish)
+		require.ErrorIs(t, <-done[1], errRolledBack, text)
+		require.ErrorIs(t, <-done[0], errRolledBack, "it shared the transaction: %s", text)
+		require.NoError(t, <-done[2], text)
+		view(func(tx projection.StateTx) {
+			for _, key := range []string{"shared/a", "own/a", "own/b"} {
+				table, name, _ := strings.Cut(key, "/")
+				_, found, err := tx.Get(table, name)
+				require.NoError(t, err)
+				require.False(t, found, key)
+			}
+			p, err := tx.Checkpoint("p")
+			require.NoError(t, err)
+			require.Zero(t, p)
+		})
+	}
+	// The last statement of a function, which nothing follows.
+	require.ErrorIs(t, s.Update(ctx, func(tx projection.StateTx) error {
+		_, _ = tx.Exec(ctx, "DELETE FROM mine")
+		return nil
+	}), errRolledBack)
+	// Ids of tables that were rolled back are forgotten.
+	require.NoError(t, s.Update(ctx, func(tx projection.StateTx) error { return tx.Put("other", "z", nil) }))
+	require.NoError(t, s.Update(ctx, func(tx projection.StateTx) error { return tx.Put("own", "c", nil) }))
+	view(func(tx projection.StateTx) {
+		for _, key := range []string{"a", "b", "c"} {
+			_, found, err := tx.Get("other", key)
+			require.NoError(t, err)
+			require.False(t, found, "%q is not a row of this table", key)
+		}
+	})
+	appendOne(t, s, ann, "opened")
+}
+
+// An iterator that was left without being stopped does not keep its
+// transaction, and does not disturb whoever has the connection next.
+func TestStore_View_ScanLeft(t *testing.T) {
+	t.Parallel()
+	s := open(t, filepath.Join(t.TempDir(), "log.db"), func(s *settings) error { s.viewers = 1; return nil })
+	put := func(key string) {
+		require.NoError(t, s.Update(t.Context(), func(tx projection.StateTx) error { return tx.Put("rows", key, []byte("1")) }))
+	}
+	put("a")
+	put("b")
+	var next func() (projection.Row, error, bool)
+	var stop func()
+	require.NoError(t, s.View(t.Context(), func(tx projection.StateTx) error {
+		next, stop = iter.Pull2(tx.Scan("rows", projection.Range{}))
+		row, err, ok := next()
+		require.True(t, ok)
+		require.Equal(t, "a", row.Key)
+		return err
+	}))
+	put("c")
+	require.NoError(t, s.View(t.Context(), func(tx projection.StateTx) error {
+		_, found, err := tx.Get("rows", "c")
+		require.NoError(t, err)
+		require.True(t, found, "the view began after the update")
+		var keys []string
+		for row, err := range tx.Scan("rows", projection.Range{}) {
+			require.NoError(t, err)
+			if keys = append(keys, row.Key); len(keys) == 1 {
+				_, err, _ := next()
+				require.ErrorIs(t, err, errEnded)
+				stop()
+			}
+		}
+		require.Equal(t, []string{"a", "b", "c"}, keys)
+		return nil
+	}))
+}
+
 // What SQL of the user must not do fails, and harms neither its transaction
 // nor the log.
 func TestStore_SQL_Guard(t *testing.T) {
@@ -139,7 +253,8 @@ func TestStore_SQL_Guard(t *testing.T) {
 		"CREATE TABLE deed_mine (a)", "CREATE TRIGGER mine AFTER INSERT ON deed_events BEGIN SELECT 1; END", "CREATE INDEX mine ON deed_events (data)",
 		"ALTER TABLE deed_events ADD COLUMN mine", "ALTER TABLE deed_events RENAME TO mine",
 		"CREATE TEMP TABLE deed_events (position INTEGER PRIMARY KEY)", "CREATE TEMP TABLE mine (a)", "CREATE TABLE temp.mine (a)",
-		"CREATE TEMP VIEW deed_events AS SELECT 1 AS position", "CREATE VIRTUAL TABLE temp.mine USING rtree (id, low, high)",
+		"CREATE TEMP VIEW deed_events AS SELECT 1 AS position", "CREATE VIRTUAL TABLE Temp.mine USING rtree (id, low, high)", "CREATE VIEW temp.deed_mine AS SELECT 1",
+		"CREATE VIEW temp.mine AS SELECT 1", "CREATE TRIGGER temp.mine AFTER INSERT ON main.deed_events BEGIN SELECT 1; END",
 		"CREATE TEMP TRIGGER mine AFTER INSERT ON main.deed_events BEGIN DELETE FROM deed_events WHERE position = new.position; END",
 		"CREATE VIRTUAL TABLE deed_search USING fts5 (a)", "CREATE TRIGGER deed_mine AFTER INSERT ON other BEGIN SELECT 1; END",
 		"UPDATE sqlite_dbpage SET data = zeroblob(4096) WHERE pgno = 2",
