@@ -212,9 +212,9 @@ func TestStart_Mistakes(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "app.db")
 	nameless := aggregate.Define[Loan]("")
-	_, err := deed.Start(t.Context(), sqlite.File(path), loans, loans, nameless, nil, shelf, shelf, deed.CachedAggregates(-1), strange{})
+	_, err := deed.Start(t.Context(), sqlite.File(path), loans, loans, nameless, nil, shelf, shelf, deed.CachedAggregates(-1), deed.ManualClock(time.Time{}), strange{})
 	require.ErrorIs(t, err, eventstore.ErrInvalid)
-	for _, part := range []string{`two aggregates are named "loan"`, "category is empty", "part 4 of the application is nil", `two projections are named "shelf"`, "-1 cached aggregates", "strange"} {
+	for _, part := range []string{`two aggregates are named "loan"`, "category is empty", "part 4 of the application is nil", `two projections are named "shelf"`, "-1 cached aggregates", "zero time", "strange"} {
 		require.ErrorContains(t, err, part)
 	}
 	require.NoFileExists(t, path, "nothing is opened when the parts have mistakes")

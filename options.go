@@ -48,8 +48,15 @@ func (o option) Err() error { return o.err }
 
 // ManualClock gives the application a clock that stands at the time and moves
 // only by [App.AdvanceTo]: for tests and for replaying histories.
+//
+// Events are dated by it, so give the start a date: on a log that has events,
+// usually that of the last one.
 func ManualClock(start time.Time) Part {
-	return option{apply: func(c *configuration) error {
+	var err error
+	if start.IsZero() {
+		err = fmt.Errorf("%w: the manual clock starts at the zero time, which stores take for \"not dated\": give it a date", eventstore.ErrInvalid)
+	}
+	return option{err: err, apply: func(c *configuration) error {
 		c.manual = clock.NewManual(start)
 		c.clock = c.manual
 		return nil
