@@ -33,6 +33,8 @@ type activation[S any] struct {
 
 	// The rest belongs to the goroutine.
 	loaded  bool // state, tip and durable are those of the log
+	hinted  bool // the state began with a snapshot
+	replay  bool // the next load must not use one
 	state   S
 	tip     uint64    // version, commits on their way included
 	tipLast uuid.UUID // id of the tip's last event
@@ -43,7 +45,7 @@ type activation[S any] struct {
 	todo    []*call[S] // to decide, in order
 	entries []*call[S] // decided, in order
 	keys    map[string]*call[S]
-	current *call[S] // being decided
+	current *call[S] // whose user code runs: being decided, or loaded for
 	// fresh is the number of the last call for which durable is known to be no
 	// older than the call: other processes write, too.
 	fresh uint64
@@ -161,12 +163,15 @@ func (a *activation[S]) next() bool {
 		a.repeat(c, first)
 		return true
 	}
+	if !a.loaded && len(a.entries) > 0 {
+		return false
+	}
+	a.pop()
+	a.current = c
 	if !a.loaded {
-		if len(a.entries) > 0 {
-			return false
-		}
 		if err := a.load(c); err != nil {
-			for _, c := range a.todo {
+			a.current = nil
+			for _, c := range append([]*call[S]{c}, a.todo...) {
 				c.answer(eventstore.Receipt{}, err, false)
 			}
 			a.todo = nil
@@ -174,8 +179,6 @@ func (a *activation[S]) next() bool {
 			return true
 		}
 	}
-	a.pop()
-	a.current = c
 	a.decide(c)
 	a.current = nil
 	return true
@@ -194,12 +197,14 @@ func dropFirst[T any](line []*T) []*T {
 
 func (a *activation[S]) load(c *call[S]) error {
 	fresh := a.calls.Load()
-	h, err := load(a.runtime.detach(c.ctx), a.runtime, a.def, a.stream)
+	hints := !a.replay
+	a.replay = false
+	h, err := load(a.runtime.detach(c.ctx), a.runtime, a.def, a.stream, hints)
 	if err != nil {
 		return a.runtime.unlessAbandoned(err)
 	}
 	a.loaded, a.state, a.tip, a.tipLast, a.durable = true, h.state, h.at.Version, h.last, h.at
-	a.fresh = fresh
+	a.hinted, a.fresh = h.hinted, fresh
 	if a.snapshotDue(0, uint64(h.replayed)) {
 		if state := a.picture(); state != nil {
 			a.keep(state, h.at, h.last)
@@ -227,6 +232,9 @@ func (a *activation[S]) decide(c *call[S]) {
 		if _, panicked := errors.AsType[*PanicError](err); panicked {
 			c.kind = failure
 			a.loaded = false // Decide may have left the state half-changed
+			if a.doubt(c) {
+				return
+			}
 		}
 	case len(events) == 0:
 		c.kind = nothing
@@ -235,6 +243,9 @@ func (a *activation[S]) decide(c *call[S]) {
 	default:
 		if err := a.prepare(c, events); err != nil {
 			c.land()
+			if !a.loaded && a.doubt(c) {
+				return
+			}
 			c.kind, c.err = failure, err
 			break
 		}
@@ -250,6 +261,20 @@ func (a *activation[S]) decide(c *call[S]) {
 		}
 	}
 	a.entries = append(a.entries, c)
+}
+
+// doubt makes the call, which failed on a state that is not usable any more,
+// decide again on all events if that state began with a snapshot: nothing that
+// is wrong with one may stay.
+func (a *activation[S]) doubt(c *call[S]) bool {
+	if !a.hinted {
+		return false
+	}
+	a.runtime.options.Logger.Warn("deed: a decision failed on a state that began with a snapshot, and is made again without", "stream", a.stream.String())
+	c.land()
+	a.hinted, a.replay = false, true
+	a.todo = append([]*call[S]{c}, a.todo...)
+	return true
 }
 
 func (a *activation[S]) ask(c *call[S], state S) (events []Event, err error) {
@@ -386,6 +411,13 @@ func (a *activation[S]) seen() eventstore.Receipt {
 }
 
 func (a *activation[S]) written(c *call[S], receipt eventstore.Receipt) {
+	whole := false
+	defer func() {
+		if !whole {
+			a.loaded = false // a fold ended the goroutine
+		}
+		c.answer(receipt, nil, false)
+	}()
 	from := a.durable.Version
 	a.durable = receipt.Revision(a.stream)
 	a.fresh = max(a.fresh, c.verifies)
@@ -404,7 +436,7 @@ func (a *activation[S]) written(c *call[S], receipt eventstore.Receipt) {
 			r.Position = receipt.Last - eventstore.Position(len(c.commit.Events)-1-i)
 			if err := a.def.fold(a.runtime.options.Encoding, &a.state, &r); err != nil {
 				// It is written: the next load tells what is wrong with it.
-				a.loaded = false
+				a.loaded, a.replay = false, a.hinted
 			}
 		}
 		if a.loaded && a.snapshotDue(from, c.version) {
@@ -414,7 +446,7 @@ func (a *activation[S]) written(c *call[S], receipt eventstore.Receipt) {
 	if c.picture != nil {
 		a.keep(c.picture, a.durable, last)
 	}
-	c.answer(receipt, nil, false)
+	whole = true
 }
 
 // failed answers a commit that was not written, or makes it decide again, and

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/google/uuid"
+
 	"github.com/deed-go/deed/eventstore"
 )
 
@@ -94,6 +96,16 @@ func (a *activation[S]) boundary(c *call[S]) (query eventstore.Query, initial S,
 	return query, initial, query.Validate()
 }
 
+// holds reports whether the event is the first that the receipt tells of: with
+// a key, the receipt may also be that of the same request in another process.
+func (a *activation[S]) holds(receipt eventstore.Receipt, id uuid.UUID) bool {
+	o := eventstore.ReadOptions{After: receipt.First - 1, Limit: 1}
+	for e, err := range a.runtime.store.Read(a.runtime.life, eventstore.OneStream(a.stream), o) {
+		return err == nil && e.ID == id
+	}
+	return false
+}
+
 // resolveBoundary looks for a commit whose outcome is unknown. Nothing but its
 // events' ids tells it apart, so it is not appended again: it would be written
 // twice if the first one arrived later.
@@ -102,8 +114,8 @@ func (a *activation[S]) resolveBoundary(c eventstore.Commit, after eventstore.Po
 	r.count(r.unknowns, 1, a.stream.Category)
 	if c.Key != "" {
 		receipt, err := r.result(r.enqueue(r.life, c))
-		if err == nil {
-			receipt.Duplicate = false
+		if err == nil && receipt.Duplicate && a.holds(receipt, c.Events[0].ID) {
+			receipt.Duplicate = false // the first try was written after all
 		}
 		return receipt, err
 	}

@@ -106,7 +106,10 @@ func OnMeta[S any, E Event](fold func(state *S, event E, recorded eventstore.Rec
 // that a load reads only what came after. A snapshot is a hint: whatever about
 // it does not fit any more (the structure of the state or of the events, the
 // [SnapshotVersion], the stream itself) makes the load replay every event. The
-// state must survive JSON. It has no effect without [Options.Snapshots].
+// state must survive JSON exactly: one that does not come back as it was, nil
+// for an empty map left out by omitempty, a time in another location, two
+// copies of what was one pointer, is not kept, which is counted, and logged
+// once. It has no effect without [Options.Snapshots].
 func SnapshotEvery[S any](events int) Part[S] {
 	if events < 1 {
 		return mistaken[S]("SnapshotEvery(%d): want at least 1 event", events)

@@ -75,7 +75,9 @@ type outcome struct {
 //
 // When ctx ends before the decision is on its way to the store nothing is
 // written and the error is ctx's; later it is [eventstore.ErrOutcomeUnknown],
-// which wraps ctx's, while the aggregate carries on.
+// which wraps ctx's, while the aggregate carries on. With a key, a refusal counts
+// only once the key was looked up again: when ctx ends before that, the error
+// tells the refusal, but does not wrap it.
 func Execute[S any](ctx context.Context, r *Runtime, def *Definition[S], req Request[S]) (eventstore.Receipt, error) {
 	if len(def.mistakes) > 0 {
 		return eventstore.Receipt{}, def.Err()
@@ -119,7 +121,12 @@ func Execute[S any](ctx context.Context, r *Runtime, def *Definition[S], req Req
 	}
 	if out.judged && req.Key != "" {
 		// The state may be one that this very request has changed.
-		if first, used, err := lookup(ctx, r, stream, req.Key, req.Fingerprint); used || err != nil {
+		first, used, err := lookup(ctx, r, stream, req.Key, req.Fingerprint)
+		if err != nil && out.err != nil {
+			// Not wrapped: nobody knows whether the refusal counts.
+			err = fmt.Errorf("%w; the decision, which counts only if the key is unused, was: %v", err, out.err) //nolint:errorlint // on purpose
+		}
+		if used || err != nil {
 			return first, err
 		}
 	}

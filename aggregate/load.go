@@ -24,7 +24,7 @@ func Load[S any](ctx context.Context, r *Runtime, def *Definition[S], id string)
 	if err := stream.Validate(); err != nil {
 		return none, eventstore.Revision{}, err
 	}
-	h, err := load(ctx, r, def, stream)
+	h, err := load(ctx, r, def, stream, true)
 	if err != nil {
 		return none, eventstore.Revision{}, err
 	}
@@ -36,11 +36,12 @@ type history[S any] struct {
 	state    S
 	at       eventstore.Revision
 	last     uuid.UUID
-	replayed int // events, without those a snapshot stood for
+	replayed int  // events, without those a snapshot stood for
+	hinted   bool // began with a snapshot
 }
 
-func load[S any](ctx context.Context, r *Runtime, def *Definition[S], stream eventstore.Stream) (history[S], error) {
-	if def.snapshotEvery > 0 && r.options.Snapshots != nil {
+func load[S any](ctx context.Context, r *Runtime, def *Definition[S], stream eventstore.Stream, hints bool) (history[S], error) {
+	if hints && def.snapshotEvery > 0 && r.options.Snapshots != nil {
 		h, ok, err := loadFromSnapshot(ctx, r, def, stream)
 		if ok || err != nil {
 			return h, err

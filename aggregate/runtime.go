@@ -44,7 +44,8 @@ type Options struct {
 	// Logger hears of what is not an error to any caller: snapshots that could not
 	// be kept or used, outcomes that had to be looked up. Defaults to slog.Default().
 	Logger *slog.Logger
-	// MeterProvider counts conflicts, repeated decisions and unknown outcomes.
+	// MeterProvider counts conflicts, repeated decisions, unknown outcomes, and
+	// snapshots that were due and could not be taken.
 	// Defaults to OpenTelemetry's global one, which by default counts nothing.
 	MeterProvider metric.MeterProvider
 }
@@ -86,6 +87,8 @@ type Runtime struct {
 	conflicts    metric.Int64Counter
 	repeats      metric.Int64Counter
 	unknowns     metric.Int64Counter
+	unfit        metric.Int64Counter
+	unfitTold    sync.Map // *Definition[S] -> true
 
 	// life ends when Stop gives up waiting.
 	life    context.Context
@@ -126,6 +129,7 @@ func NewRuntime(store eventstore.Store, o Options) *Runtime {
 	r.conflicts, _ = meter.Int64Counter("deed.aggregate.conflicts", metric.WithDescription("commits that lost to another writer"))
 	r.repeats, _ = meter.Int64Counter("deed.aggregate.repeats", metric.WithDescription("decisions made again"))
 	r.unknowns, _ = meter.Int64Counter("deed.aggregate.unknown_outcomes", metric.WithDescription("commits whose outcome had to be looked up"))
+	r.unfit, _ = meter.Int64Counter("deed.aggregate.unfit_snapshots", metric.WithDescription("snapshots that were not taken because the state does not come back from JSON as it was"))
 	return r
 }
 

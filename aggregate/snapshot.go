@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"reflect"
 
 	"github.com/google/uuid"
 
@@ -43,12 +42,11 @@ func fingerprint[S any](r *Runtime, def *Definition[S]) string {
 		return known.(string)
 	}
 	h := sha256.New()
-	_, _ = fmt.Fprintf(h, "%s %q", def.structure, r.options.Encoding.StoredTypes(def.names...))
+	// The first word says how a state is found fit to be kept.
+	_, _ = fmt.Fprintf(h, "identical %s %q", def.structure, r.options.Encoding.StoredTypes(def.names...))
 	for _, name := range def.names {
-		var m eventstore.Metadata
-		// Encoding is asked only for the schema version it would write.
-		_, _ = r.options.Encoding.Encode(name, reflect.Zero(def.handlers[name].goType).Interface(), &m)
-		_, _ = fmt.Fprintf(h, " %d", m.SchemaVersion)
+		version, codec := r.options.Encoding.Schema(name)
+		_, _ = fmt.Fprintf(h, " %d %q", version, codec)
 	}
 	f := hex.EncodeToString(h.Sum(nil)[:16])
 	r.fingerprints.Store(def, f)
@@ -72,8 +70,8 @@ func loadFromSnapshot[S any](ctx context.Context, r *Runtime, def *Definition[S]
 	if !ok || snapshot.Stream != stream || snapshot.Revision.Version == 0 || snapshot.Revision.Position == 0 || snapshot.Fingerprint != fingerprint(r, def) {
 		return history[S]{}, false, nil
 	}
-	var h history[S]
-	if err := eventstore.JSON().Unmarshal(snapshot.State, &h.state); err != nil {
+	h := history[S]{hinted: true}
+	if err := fromJSON(snapshot.State, &h.state); err != nil {
 		return ignore(err)
 	}
 	h.at, h.last = snapshot.Revision, snapshot.LastEvent
@@ -100,14 +98,19 @@ func loadFromSnapshot[S any](ctx context.Context, r *Runtime, def *Definition[S]
 	return h, true, nil
 }
 
-// picture returns the state as JSON, or nil if it does not come back as it was.
+// picture returns the state as JSON, or nil if it does not come back as it was:
+// decisions on what comes back could be others.
 func (a *activation[S]) picture() []byte {
 	data, err := throughJSON(&a.state)
-	if err != nil {
-		a.runtime.options.Logger.Warn("deed: no snapshot is taken", "stream", a.stream.String(), "error", err)
-		return nil
+	if err == nil {
+		return data
 	}
-	return data
+	r := a.runtime
+	r.count(r.unfit, 1, a.stream.Category)
+	if _, told := r.unfitTold.LoadOrStore(a.def, true); !told {
+		r.options.Logger.Warn("deed: no snapshot is taken", "stream", a.stream.String(), "error", err)
+	}
+	return nil
 }
 
 func throughJSON[S any](state *S) (data []byte, err error) {
@@ -119,10 +122,15 @@ func throughJSON[S any](state *S) (data []byte, err error) {
 	if err := eventstore.JSON().Unmarshal(data, &back); err != nil {
 		return nil, err
 	}
-	if !alike.Equal(*state, back) {
-		return nil, fmt.Errorf("%T is not the same after JSON", back)
+	if !alike.Identical(*state, back) {
+		return nil, fmt.Errorf("%T is not the same after JSON (nil and empty slices and maps differ, and so do the locations of times)", back)
 	}
 	return data, nil
+}
+
+func fromJSON[S any](data []byte, state *S) (err error) {
+	defer caught(&err, func() string { return fmt.Sprintf("decoding a snapshot of %T", *state) })
+	return eventstore.JSON().Unmarshal(data, state)
 }
 
 // snapshotDue says whether a snapshot should follow the step from one version
@@ -155,6 +163,12 @@ func (a *activation[S]) keep(state []byte, at eventstore.Revision, last uuid.UUI
 }
 
 func (r *Runtime) keepSnapshots() {
+	done := false
+	defer func() {
+		if !done { // the store ended the goroutine
+			go r.keepSnapshots()
+		}
+	}()
 	for {
 		r.mu.Lock()
 		batch := r.snapshots.latest
@@ -163,13 +177,19 @@ func (r *Runtime) keepSnapshots() {
 			r.snapshots.running = false
 			r.closeIfDrained()
 			r.mu.Unlock()
+			done = true
 			return
 		}
 		r.mu.Unlock()
 		for _, s := range batch {
-			if err := r.options.Snapshots.SaveSnapshot(r.life, s); err != nil && r.life.Err() == nil {
+			if err := r.saveSnapshot(s); err != nil && r.life.Err() == nil {
 				r.options.Logger.Warn("deed: a snapshot was not kept", "stream", s.Stream.String(), "error", err)
 			}
 		}
 	}
+}
+
+func (r *Runtime) saveSnapshot(s Snapshot) (err error) {
+	defer caught(&err, func() string { return fmt.Sprintf("keeping the snapshot of %q", s.Stream) })
+	return r.options.Snapshots.SaveSnapshot(r.life, s)
 }

@@ -183,6 +183,16 @@ func (e *Encoding) codecFor(eventType string) Codec {
 	return e.fallback
 }
 
+// Schema returns the schema version and the name of the codec with which events
+// of the type are written: 1 and "" where nothing says otherwise.
+func (e *Encoding) Schema(eventType string) (version int, codec string) {
+	version, codec = 1, e.codecFor(eventType).Name()
+	if e != nil {
+		version = max(version, e.current[eventType])
+	}
+	return version, codec
+}
+
 // CurrentType follows renames: it is the name under which handlers know events
 // that are stored as the given type.
 func (e *Encoding) CurrentType(stored string) string {

@@ -186,6 +186,28 @@ func accountEncoding(t testing.TB) *eventstore.Encoding {
 	)
 }
 
+// Schema says beforehand what Encode stores.
+func TestEncoding_Schema(t *testing.T) {
+	t.Parallel()
+	e := mustEncoding(t, eventstore.UseCodec(wordCodec{"words"}, "said"),
+		eventstore.UpcastBytes("noted", 1, func(data []byte) ([]byte, error) { return data, nil }))
+	for _, c := range []struct {
+		encoding  *eventstore.Encoding
+		eventType string
+		version   int
+		codec     string
+	}{{e, "said", 1, "words"}, {e, "noted", 2, ""}, {e, "other", 1, ""}, {nil, "said", 1, ""}} {
+		version, codec := c.encoding.Schema(c.eventType)
+		require.Equal(t, c.version, version, c.eventType)
+		require.Equal(t, c.codec, codec, c.eventType)
+		var m eventstore.Metadata
+		_, err := c.encoding.Encode(c.eventType, word("x"), &m)
+		require.NoError(t, err)
+		require.Equal(t, max(m.SchemaVersion, 1), version)
+		require.Equal(t, m.Codec, codec)
+	}
+}
+
 func TestEncoding_Upcasters(t *testing.T) {
 	t.Parallel()
 	e := accountEncoding(t)

@@ -2,7 +2,11 @@
 // imports nothing of deed.
 package alike
 
-import "reflect"
+import (
+	"math/big"
+	"reflect"
+	"time"
+)
 
 // Equal is reflect.DeepEqual, but nil and empty slices and maps are the same,
 // and types with an Equal method of their own (times, decimals) say by it what
@@ -70,4 +74,124 @@ func ownEqual(a, b reflect.Value) (same, ok bool) {
 		return false, false
 	}
 	return m.Func.Call([]reflect.Value{a, b})[0].Bool(), true
+}
+
+// Identical reports whether b, made from a by an encoding, cannot be told from
+// it: by structure, unexported fields included, and whatever methods the types
+// have. Nil and empty slices and maps differ, and so do times in different
+// locations. Only what no program can observe is passed over: how a [big.Int]
+// keeps 0. Values in which one pointer or map occurs twice are not identical to
+// any other, since b has two of them; within types that marshal themselves,
+// which are taken for values, that is no matter. Values must not be cyclic.
+func Identical(a, b any) bool {
+	x := identity{}
+	return x.same(reflect.ValueOf(a), reflect.ValueOf(b), false)
+}
+
+var (
+	bigInt     = reflect.TypeFor[big.Int]()
+	location   = reflect.TypeFor[*time.Location]()
+	marshalers = []reflect.Type{
+		reflect.TypeFor[interface{ MarshalJSON() ([]byte, error) }](),
+		reflect.TypeFor[interface{ MarshalText() ([]byte, error) }](),
+	}
+)
+
+func marshalsItself(t reflect.Type) bool {
+	for _, m := range marshalers {
+		if t.Implements(m) || reflect.PointerTo(t).Implements(m) {
+			return true
+		}
+	}
+	return false
+}
+
+// identity is what was seen of the first value.
+type identity map[shared]bool
+
+type shared struct {
+	pointer uintptr
+	kind    reflect.Type
+}
+
+// same compares; within a value that marshals itself, what is shared is no matter.
+func (x identity) same(a, b reflect.Value, within bool) bool {
+	if !a.IsValid() || !b.IsValid() {
+		return a.IsValid() == b.IsValid()
+	}
+	if a.Type() != b.Type() {
+		return false
+	}
+	switch {
+	case a.Type() == bigInt:
+		return equal(a, b)
+	case a.Type() == location:
+		return sameLocation(a, b)
+	}
+	within = within || a.Kind() != reflect.Interface && marshalsItself(a.Type())
+	switch a.Kind() {
+	case reflect.Pointer, reflect.Map, reflect.Slice, reflect.Interface, reflect.Func:
+		if a.IsNil() || b.IsNil() {
+			return a.IsNil() == b.IsNil()
+		}
+	}
+	switch a.Kind() {
+	case reflect.Pointer, reflect.Map:
+		if !within {
+			s := shared{a.Pointer(), a.Type()}
+			if x[s] {
+				return false
+			}
+			x[s] = true
+		}
+	}
+	switch a.Kind() {
+	case reflect.Pointer, reflect.Interface:
+		return x.same(a.Elem(), b.Elem(), within)
+	case reflect.Struct:
+		for i := range a.NumField() {
+			if !x.same(a.Field(i), b.Field(i), within) {
+				return false
+			}
+		}
+		return true
+	case reflect.Slice, reflect.Array:
+		if a.Len() != b.Len() {
+			return false
+		}
+		for i := range a.Len() {
+			if !x.same(a.Index(i), b.Index(i), within) {
+				return false
+			}
+		}
+		return true
+	case reflect.Map:
+		if a.Len() != b.Len() {
+			return false
+		}
+		for _, k := range a.MapKeys() {
+			if v := b.MapIndex(k); !v.IsValid() || !x.same(a.MapIndex(k), v, within) {
+				return false
+			}
+		}
+		return true
+	case reflect.Func:
+		return false
+	default:
+		return a.Equal(b)
+	}
+}
+
+// sameLocation compares locations by what they say, since decoding a time makes
+// new ones. The local one, which is set up when it is first asked, is like no
+// other.
+func sameLocation(a, b reflect.Value) bool {
+	local := reflect.ValueOf(time.Local).Pointer()
+	switch {
+	case a.Pointer() == b.Pointer():
+		return true
+	case a.IsNil() || b.IsNil() || a.Pointer() == local || b.Pointer() == local:
+		return false
+	}
+	return equal(a.Elem(), b.Elem())
 }
