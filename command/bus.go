@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"math"
 	"reflect"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/deed-go/deed/aggregate"
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/digest"
 )
 
 // Command decides about one aggregate with the state S.
@@ -99,6 +99,14 @@ type Option func(*Call)
 // command is not decided again; the first receipt comes back, with Duplicate
 // set. The same key with another command is [eventstore.ErrKeyReused].
 // Rejections, and commands after which nothing happened, use up no key.
+//
+// Another command is one of another type, for another aggregate, or with
+// another content. All its fields count, unexported ones and those that JSON
+// leaves out included, but for those with the zero value, so that a command may
+// get new ones while old ones are sent again. Times count as instants, and types
+// that marshal themselves to JSON or text and back as what they marshal to. A
+// command that cannot be compared so, because it holds a function or a channel
+// or is cyclic, is refused with [eventstore.ErrInvalid]; nothing is written.
 func Key(key string) Option { return func(c *Call) { c.Key = key } }
 
 // Execute decides the command on its aggregate's current state, writes what was
@@ -216,9 +224,9 @@ func traceParent(c trace.SpanContext) string {
 // fingerprintOf says what an idempotency key stands for: the command's type,
 // its content, and the aggregate it is for.
 func fingerprintOf(call *Call) (string, error) {
-	content, err := json.Marshal(call.Command)
+	content, err := digest.Of(call.Command)
 	if err != nil {
-		return "", fmt.Errorf("%w: command %s has the idempotency key %q but does not encode as JSON, which tells it from other commands: %w", eventstore.ErrInvalid, call.Name, call.Key, err)
+		return "", fmt.Errorf("%w: command %s has the idempotency key %q, but nothing tells it from other commands of its type: %w", eventstore.ErrInvalid, call.Name, call.Key, err)
 	}
 	h := sha256.New()
 	_, _ = fmt.Fprintf(h, "%q %q %q ", call.Name, call.Category, call.ID)

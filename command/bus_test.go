@@ -188,10 +188,46 @@ func TestKey(t *testing.T) {
 		require.NoError(t, err)
 		require.True(t, again.Duplicate)
 	})
-	t.Run("CommandThatDoesNotEncode", func(t *testing.T) {
-		_, err := command.Execute(t.Context(), bus, accounts, withFunc{F: func() {}}, command.Key("k3"))
-		require.ErrorContains(t, err, `command command_test.withFunc has the idempotency key "k3" but does not encode as JSON`)
+	t.Run("PointerToTheCommand", func(t *testing.T) {
+		again, err := command.Execute(t.Context(), bus, accounts, &open{"ann", "Ann"}, command.Key("k"))
+		require.NoError(t, err)
+		require.True(t, again.Duplicate)
 	})
+	t.Run("CommandWithoutContent", func(t *testing.T) {
+		_, err := command.Execute(t.Context(), bus, accounts, withFunc{F: func() {}}, command.Key("k3"))
+		require.ErrorIs(t, err, eventstore.ErrInvalid)
+		require.ErrorContains(t, err, `command command_test.withFunc has the idempotency key "k3", but nothing tells it from other commands of its type: field "F": a func() has no content`)
+	})
+}
+
+// pay has only fields that JSON does not see.
+type pay struct {
+	account string
+	cents   int64
+	Note    string `json:"-"`
+	due     time.Time
+}
+
+func (c pay) AggregateID() string { return c.account }
+func (c pay) Decide(account) ([]aggregate.Event, error) {
+	return aggregate.Events(deposited{c.cents}), nil
+}
+
+func TestKey_EveryFieldCounts(t *testing.T) {
+	t.Parallel()
+	bus, store := setup(t, command.Options{})
+	due := time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC)
+	first := pay{"ann", 100, "rent", due}
+	_, err := command.Execute(t.Context(), bus, accounts, first, command.Key("k"))
+	require.NoError(t, err)
+	again, err := command.Execute(t.Context(), bus, accounts, pay{"ann", 100, "rent", due.In(time.FixedZone("CET", 3600))}, command.Key("k"))
+	require.NoError(t, err, "the same instant")
+	require.True(t, again.Duplicate)
+	for _, other := range []pay{{"ann", 999, "rent", due}, {"ann", 100, "food", due}, {"ann", 100, "rent", due.Add(1)}} {
+		_, err = command.Execute(t.Context(), bus, accounts, other, command.Key("k"))
+		require.ErrorIs(t, err, eventstore.ErrKeyReused, "%+v was answered as if it were done", other)
+	}
+	require.Len(t, all(t, store), 1)
 }
 
 type withFunc struct{ F func() }
