@@ -89,6 +89,9 @@ func (s *Store) Update(ctx context.Context, fn func(projection.StateTx) error) e
 	if err := fn(tx); err != nil {
 		return err
 	}
+	if tx.failed != nil {
+		return tx.failed
+	}
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if s.closed {
@@ -182,6 +185,7 @@ type transaction struct {
 	scanning map[string]int    // running scans by table
 	readOnly bool
 	ended    bool
+	failed   error // for good: every later call fails with it
 }
 
 var (
@@ -196,7 +200,7 @@ func (t *transaction) readable() error {
 	if t.ended {
 		return errEnded
 	}
-	return nil
+	return t.failed
 }
 
 func (t *transaction) writable() error {
@@ -239,7 +243,8 @@ func (t *transaction) SetCheckpoint(l projection.Lease, from, to projection.Chec
 		return err
 	}
 	if is, _ := t.checkpoints.Get(l.Name); is.Log != from.Log || is.Position != from.Position {
-		return fmt.Errorf("%w: checkpoint %q is at position %d of log %q, not at %d of %q", projection.ErrFenced, l.Name, is.Position, is.Log, from.Position, from.Log)
+		t.failed = fmt.Errorf("%w: checkpoint %q is at position %d of log %q, not at %d of %q", projection.ErrFenced, l.Name, is.Position, is.Log, from.Position, from.Log)
+		return t.failed
 	}
 	to.Epoch = l.Epoch
 	t.checkpoints.Set(l.Name, to)
@@ -250,7 +255,8 @@ func (t *transaction) Fence(l projection.Lease) error {
 	if err := t.writable(); err != nil {
 		return err
 	}
-	return fence(t.leases, l)
+	t.failed = fence(t.leases, l)
+	return t.failed
 }
 
 func (t *transaction) DeleteCheckpoint(l projection.Lease) error {

@@ -55,6 +55,34 @@ var updateChecks = []check{
 		},
 	},
 	{
+		name: "FencedLeavesNothing",
+		rule: "once a lease or a checkpoint was found to have moved on, nothing of the transaction remains, also when fn drops the error",
+		run: func(t testing.TB, s *suite) {
+			ctx, state := s.context(t), s.open(t)
+			old := mustAcquire(t, ctx, state, "w", "me", 0)
+			lease := mustAcquire(t, ctx, state, "w", "me", 0)
+			put(t, ctx, state, "t", "a", "old")
+			put(t, ctx, state, "cleared", "a", "old")
+			moved, to := projection.Checkpoint{Log: "log", Position: 3}, projection.Checkpoint{Log: "log", Position: 7}
+			for name, fenced := range map[string]func(projection.StateTx) error{
+				"Fence":                   func(tx projection.StateTx) error { return tx.Fence(old) },
+				"SetCheckpoint":           func(tx projection.StateTx) error { return tx.SetCheckpoint(old, projection.Checkpoint{}, to) },
+				"SetCheckpoint from else": func(tx projection.StateTx) error { return tx.SetCheckpoint(lease, moved, to) },
+				"DeleteCheckpoint":        func(tx projection.StateTx) error { return tx.DeleteCheckpoint(old) },
+			} {
+				err := state.Update(ctx, func(tx projection.StateTx) error {
+					require.NoError(t, errors.Join(tx.Put("t", "a", []byte("new")), tx.Put("t", "b", []byte("new")), tx.Clear("cleared")), name)
+					require.ErrorIs(t, fenced(tx), projection.ErrFenced, name)
+					_ = tx.Put("t", "b", []byte("newer"))
+					_ = tx.SetCheckpoint(lease, projection.Checkpoint{}, to)
+					return nil
+				})
+				require.ErrorIs(t, err, projection.ErrFenced, "%s failed, and the update succeeded", name)
+				requireUntouched(t, ctx, state)
+			}
+		},
+	},
+	{
 		name: "PanicLeavesNothing",
 		rule: "when fn panics nothing of it remains, and the state goes on working",
 		run: func(t testing.TB, s *suite) {
