@@ -412,6 +412,35 @@ func TestInvariant8_RebuildIsSilent(t *testing.T) {
 	})
 }
 
+// Whoever waits for a projection that has stopped is not told that it has come
+// far when its rows were removed since.
+func TestRebuild_OfAProjectionThatHasStopped(t *testing.T) {
+	t.Parallel()
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		view := balances()
+		put(t, store, account("ann"), opened{"Ann"})
+		r := start(t, store, store, projection.Options{}, view)
+		r.caughtUp(t, store, "balances")
+		require.NoError(t, r.stop())
+		require.NoError(t, r.WaitFor(t.Context(), "balances", 1), "its rows are there")
+		require.NoError(t, r.Rebuild(t.Context(), "balances"))
+		require.Empty(t, rows(t, store, view))
+		require.ErrorIs(t, r.WaitFor(t.Context(), "balances", 1), projection.ErrStopped)
+		reached, err := r.Reached("balances")
+		require.NoError(t, err)
+		require.Zero(t, reached)
+		status, err := r.Status(t.Context())
+		require.NoError(t, err)
+		require.Zero(t, status[0].Position)
+
+		again := start(t, store, store, projection.Options{}, view)
+		again.caughtUp(t, store, "balances")
+		require.Equal(t, folded(t, store), rows(t, store, view))
+		require.NoError(t, again.stop())
+	})
+}
+
 // Events that do not concern a projection cost it no update, and do not hold
 // up those who wait for it.
 func TestRun_SkipsWithoutWriting(t *testing.T) {

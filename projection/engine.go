@@ -196,6 +196,21 @@ func (e *Engine) WaitFor(ctx context.Context, name string, p eventstore.Position
 	return r.progress.wait(ctx, p, false)
 }
 
+// Contains reports whether the projection's rows, as the transaction sees them,
+// contain everything up to p. They may not although [Engine.WaitFor] has
+// returned: when the projection was rebuilt since.
+func (e *Engine) Contains(tx StateTx, name string, p eventstore.Position) (bool, error) {
+	r, err := e.runner(name)
+	if err != nil {
+		return false, err
+	}
+	c, err := tx.Checkpoint(r.leaseName())
+	if err != nil {
+		return false, err
+	}
+	return r.progress.contains(c.Position, p), nil
+}
+
 // Reached returns the position up to which the projection's rows are the fold
 // of the log, as far as this engine has brought them; 0 before it runs.
 func (e *Engine) Reached(name string) (eventstore.Position, error) {

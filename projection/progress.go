@@ -15,8 +15,9 @@ type progress struct {
 
 	mu      sync.Mutex
 	through eventstore.Position
+	stored  eventstore.Position // of the checkpoint; events between it and through do not concern the rows
 	phase   Phase
-	started bool  // a run has read its checkpoint since the engine was made
+	started bool  // a run has read its checkpoint since the engine was made, or since the rows were emptied
 	ended   bool  // the last run is over; failure says why
 	failure error // set when the run ended by itself
 	lastErr error
@@ -93,6 +94,31 @@ func (p *progress) change(alter func()) {
 	}
 	clear(p.waiters[len(kept):])
 	p.waiters = kept
+}
+
+// contains reports whether rows that were committed with the checkpoint
+// contain everything up to through.
+func (p *progress) contains(checkpoint, through eventstore.Position) bool {
+	if checkpoint >= through {
+		return true
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.started && p.through >= through && checkpoint >= p.stored
+}
+
+// emptying says that the rows are about to be removed: nobody may rely on them
+// any more. What it returns takes that back.
+func (p *progress) emptying() (undo func()) {
+	var through, stored eventstore.Position
+	var started bool
+	p.change(func() {
+		through, stored, started = p.through, p.stored, p.started
+		p.through, p.stored, p.started = 0, 0, false
+	})
+	return func() {
+		p.change(func() { p.through, p.stored, p.started = through, stored, started })
+	}
 }
 
 func (p *progress) reached() eventstore.Position {

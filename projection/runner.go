@@ -35,7 +35,7 @@ type runner struct {
 type request struct {
 	ctx     context.Context
 	do      func(ctx context.Context, lease Lease) error
-	restart bool // after success, begin again from the stored checkpoint
+	empties bool // removes the rows; afterwards, begin again from the stored checkpoint
 	done    chan error
 }
 
@@ -262,7 +262,7 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 		r.folder.fresh()
 	}
 	r.progress.change(func() {
-		r.progress.started, r.progress.through, r.progress.phase = true, r.stored.Position, PhaseCatchingUp
+		r.progress.started, r.progress.through, r.progress.stored, r.progress.phase = true, r.stored.Position, r.stored.Position, PhaseCatchingUp
 	})
 	return nil
 }
@@ -455,7 +455,7 @@ func (r *runner) commit(ctx context.Context, lease Lease, items []item, through 
 
 func (r *runner) reach(c Checkpoint) {
 	r.stored = c
-	r.progress.change(func() { r.progress.through = c.Position })
+	r.progress.change(func() { r.progress.through, r.progress.stored = c.Position, c.Position })
 }
 
 // skip passes events that do not concern the projection. The checkpoint is
@@ -533,12 +533,12 @@ func (r *runner) serve(ctx context.Context, lease Lease, q request) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(q.ctx, cancel)
-	err := q.do(ctx, lease)
+	err := r.perform(ctx, lease, q)
 	stop()
 	cancel()
 	r.folder.forget()
-	if err == nil && q.restart {
-		r.progress.change(func() { r.progress.through, r.progress.phase = 0, PhaseCatchingUp })
+	if err == nil && q.empties {
+		r.progress.change(func() { r.progress.phase = PhaseCatchingUp })
 		q.done <- nil
 		return errRestart
 	}
@@ -550,10 +550,24 @@ func (r *runner) serve(ctx context.Context, lease Lease, q request) error {
 	return errRestart
 }
 
+// perform does what is asked for. Rows are not relied on from before they are
+// removed: whoever then finds none knows that they are missing.
+func (r *runner) perform(ctx context.Context, lease Lease, q request) error {
+	if !q.empties {
+		return q.do(ctx, lease)
+	}
+	undo := r.progress.emptying()
+	err := q.do(ctx, lease)
+	if err != nil {
+		undo()
+	}
+	return err
+}
+
 // ask has do run by the projection's goroutine, or, when it does not run, here
 // under a lease of its own. It reports which.
-func (r *runner) ask(ctx context.Context, do func(ctx context.Context, lease Lease) error, restart bool) (running bool, err error) {
-	q := request{ctx: ctx, do: do, restart: restart, done: make(chan error, 1)}
+func (r *runner) ask(ctx context.Context, do func(ctx context.Context, lease Lease) error, empties bool) (running bool, err error) {
+	q := request{ctx: ctx, do: do, empties: empties, done: make(chan error, 1)}
 	select {
 	case r.requests <- q:
 		select {
@@ -572,7 +586,7 @@ func (r *runner) ask(ctx context.Context, do func(ctx context.Context, lease Lea
 		return false, err
 	}
 	r.folder = r.projection.open(r.engine.state, &r.engine.options)
-	err = do(ctx, lease)
+	err = r.perform(ctx, lease, q)
 	return false, errors.Join(err, r.engine.state.Release(context.WithoutCancel(ctx), lease))
 }
 

@@ -52,14 +52,11 @@ func ask[Q, A any](ctx context.Context, host Host, h *Handler[Q, A], question Q,
 		return h.answer(ctx, outer, question)
 	}
 	engine := host.Projections()
-	if err := c.wait(ctx, engine, h.uses...); err != nil {
-		return answer, err
-	}
-	err = engine.State().View(ctx, func(tx projection.StateTx) error {
+	err = c.view(ctx, engine, func(tx projection.StateTx) error {
 		var err error
 		answer, err = h.answer(ctx, Reader{engine: engine, tx: tx, uses: h.uses}, question)
 		return err
-	})
+	}, h.uses...)
 	return answer, err
 }
 

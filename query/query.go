@@ -80,27 +80,57 @@ func gather(options []Option) conditions {
 	return c
 }
 
-// wait returns when the projections are registered and the conditions hold.
-func (c conditions) wait(ctx context.Context, engine *projection.Engine, projections ...projection.Projection) error {
+// view runs fn, once, on a snapshot in which the projections have come as far
+// as the conditions say.
+func (c conditions) view(ctx context.Context, engine *projection.Engine, fn func(tx projection.StateTx) error, projections ...projection.Projection) error {
 	for _, p := range projections {
 		if err := engine.Check(p); err != nil {
 			return err
 		}
 	}
 	if c.after == 0 {
-		return nil
+		return engine.State().View(ctx, fn)
 	}
-	within := c.within
-	if within == 0 {
-		within = DefaultWithin
+	if c.within == 0 {
+		c.within = DefaultWithin
 	}
-	limited, cancel := context.WithTimeout(ctx, within)
+	limited, cancel := context.WithTimeout(ctx, c.within)
 	defer cancel()
+	for try := 1; ; try++ {
+		if err := c.wait(ctx, limited, engine, projections); err != nil {
+			return err
+		}
+		var behind projection.Projection
+		err := engine.State().View(ctx, func(tx projection.StateTx) error {
+			for _, p := range projections {
+				if ok, err := engine.Contains(tx, p.Name(), c.after); err != nil {
+					return err
+				} else if !ok {
+					behind = p
+					return nil
+				}
+			}
+			return fn(tx)
+		})
+		if err != nil || behind == nil {
+			return err
+		}
+		// It was emptied since, or has written more while it was asked.
+		if try == 1 {
+			continue
+		}
+		if err := c.breathe(ctx, limited, engine, behind); err != nil {
+			return err
+		}
+	}
+}
+
+// wait returns when the projections have come as far as the conditions say.
+func (c conditions) wait(ctx, limited context.Context, engine *projection.Engine, projections []projection.Projection) error {
 	for _, p := range projections {
 		err := engine.WaitFor(limited, p.Name(), c.after)
 		if err != nil && errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
-			reached, _ := engine.Reached(p.Name())
-			return &TimeoutError{Projection: p.Name(), Wanted: c.after, Reached: reached, Within: within}
+			return c.timeout(engine, p)
 		}
 		if err != nil {
 			return err
@@ -109,17 +139,36 @@ func (c conditions) wait(ctx context.Context, engine *projection.Engine, project
 	return nil
 }
 
-// read runs fn on a snapshot in which the projections have come as far as the
+// breath is the pause before a snapshot that was found wanting is taken again.
+// Somebody else may have emptied the rows, and the projection here not know yet.
+const breath = time.Millisecond
+
+func (c conditions) breathe(ctx, limited context.Context, engine *projection.Engine, p projection.Projection) error {
+	timer := time.NewTimer(breath)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-limited.Done():
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return c.timeout(engine, p)
+	}
+}
+
+func (c conditions) timeout(engine *projection.Engine, p projection.Projection) error {
+	reached, _ := engine.Reached(p.Name())
+	return &TimeoutError{Projection: p.Name(), Wanted: c.after, Reached: reached, Within: c.within}
+}
+
+// read runs fn on a snapshot in which the projection has come as far as the
 // conditions say. Inside of a handler that is the handler's own snapshot.
 func read(ctx context.Context, host Host, c conditions, fn func(tx projection.StateTx) error, p projection.Projection) error {
 	if r, ok := host.(Reader); ok {
 		return r.read(c, fn, p)
 	}
-	engine := host.Projections()
-	if err := c.wait(ctx, engine, p); err != nil {
-		return err
-	}
-	return engine.State().View(ctx, fn)
+	return c.view(ctx, host.Projections(), fn, p)
 }
 
 // Get returns the row of the view under the key. The error is [ErrNotFound] if

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -75,7 +76,12 @@ func start(t testing.TB, projections ...projection.Projection) *app {
 
 func startOn(t testing.TB, store backend, projections ...projection.Projection) *app {
 	t.Helper()
-	a := &app{store: store, engine: projection.NewEngine(store, store, projection.Options{Logger: slog.New(slog.DiscardHandler)})}
+	return startWith(t, store, store, projections...)
+}
+
+func startWith(t testing.TB, store backend, state projection.State, projections ...projection.Projection) *app {
+	t.Helper()
+	a := &app{store: store, engine: projection.NewEngine(store, state, projection.Options{Logger: slog.New(slog.DiscardHandler)})}
 	for _, p := range projections {
 		require.NoError(t, a.engine.Add(p))
 	}
@@ -171,6 +177,137 @@ func TestGet_AtLeastReadsOwnWrites(t *testing.T) {
 	for err := range problems {
 		t.Error(err)
 	}
+}
+
+// hookedState lets a test come between a query's wait and its snapshot.
+type hookedState struct {
+	projection.State
+	view   func(ctx context.Context, fn func(projection.StateTx) error) error
+	update func(ctx context.Context, fn func(projection.StateTx) error) error
+}
+
+func (h *hookedState) View(ctx context.Context, fn func(projection.StateTx) error) error {
+	return h.view(ctx, fn)
+}
+
+func (h *hookedState) Update(ctx context.Context, fn func(projection.StateTx) error) error {
+	return h.update(ctx, fn)
+}
+
+// Rows that are removed for a rebuild after AtLeast has waited, and before
+// they are read, are waited for again.
+func TestAtLeast_RebuiltMeanwhile(t *testing.T) {
+	t.Parallel()
+	balances := newBalances()
+	owner := query.Handle("owner", func(ctx context.Context, r query.Reader, id string) (string, error) {
+		b, err := query.Get(ctx, r, balances, id)
+		return b.Owner, err
+	}, balances)
+	for name, ask := range map[string]func(context.Context, query.Host, query.Option) (string, error){
+		"get": func(ctx context.Context, host query.Host, o query.Option) (string, error) {
+			b, err := query.Get(ctx, host, balances, "ann", o)
+			return b.Owner, err
+		},
+		"list": func(ctx context.Context, host query.Host, o query.Option) (string, error) {
+			page, err := query.List(ctx, host, balances, o)
+			return fmt.Sprint(keys(page)), err
+		},
+		"all": func(ctx context.Context, host query.Host, o query.Option) (string, error) {
+			found := []string{}
+			for e, err := range query.All(ctx, host, balances, o) {
+				if err != nil {
+					return "", err
+				}
+				found = append(found, e.Key)
+			}
+			return fmt.Sprint(found), nil
+		},
+		"ask": func(ctx context.Context, host query.Host, o query.Option) (string, error) {
+			return query.Ask(ctx, host, owner, "ann", o)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			store := memory.New()
+			var armed, emptying atomic.Bool
+			emptied, seen := make(chan struct{}), make(chan struct{})
+			rebuilt := make(chan error, 1)
+			var a *app
+			state := &hookedState{State: store,
+				view: func(ctx context.Context, fn func(projection.StateTx) error) error {
+					if !armed.CompareAndSwap(true, false) {
+						return store.View(ctx, fn)
+					}
+					emptying.Store(true)
+					go func() { rebuilt <- a.engine.Rebuild(ctx, "balances") }()
+					<-emptied
+					defer close(seen)
+					return store.View(ctx, fn)
+				},
+				update: func(ctx context.Context, fn func(projection.StateTx) error) error {
+					err := store.Update(ctx, fn)
+					if emptying.CompareAndSwap(true, false) {
+						close(emptied)
+						<-seen
+					}
+					return err
+				}}
+			a = startWith(t, store, state, balances)
+			last := a.put(t, "ann", opened{"Ann"})
+			want, err := ask(t.Context(), a, query.AtLeast(last))
+			require.NoError(t, err)
+			armed.Store(true)
+			got, err := ask(t.Context(), a, query.AtLeast(last))
+			require.NoError(t, err)
+			require.Equal(t, want, got)
+			require.NoError(t, <-rebuilt)
+		})
+	}
+}
+
+// Another engine has taken over and emptied the rows; this one does not know.
+func TestAtLeast_EmptiedByAnother(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		balances := newBalances()
+		store := memory.New()
+		own := projection.NewEngine(store, store, projection.Options{Owner: "node"})
+		other := projection.NewEngine(store, store, projection.Options{Owner: "node"})
+		require.NoError(t, own.Add(balances))
+		require.NoError(t, other.Add(balances))
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { _ = own.Workers()[0].Run(ctx) })
+		defer func() {
+			cancel()
+			running.Wait()
+			_ = store.Close()
+		}()
+		a := &app{store: store, engine: own}
+		last := a.put(t, "ann", opened{"Ann"})
+		_, err := query.Get(t.Context(), a, balances, "ann", query.AtLeast(last))
+		require.NoError(t, err)
+		require.NoError(t, other.Rebuild(t.Context(), "balances"))
+		_, err = query.Get(t.Context(), a, balances, "ann", query.AtLeast(last))
+		require.ErrorIs(t, err, query.ErrTimeout)
+	})
+}
+
+// What a view does not handle it contains, although its checkpoint is behind.
+func TestAtLeast_EventsOfOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		owners := newOwners()
+		a := start(t, owners)
+		defer a.stop()
+		a.put(t, "ann", opened{"Ann"})
+		last := a.put(t, "ann", deposited{1})
+		began := time.Now()
+		got, err := query.Get(t.Context(), a, owners, "Ann", query.AtLeast(last))
+		require.NoError(t, err)
+		require.Equal(t, 1, got.Accounts)
+		require.Zero(t, time.Since(began))
+	})
 }
 
 func TestGet_TimesOutByName(t *testing.T) {
