@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 )
@@ -179,6 +180,9 @@ func (c Commit) Prepare(limits Limits, now func() time.Time) (Commit, error) {
 			}
 			e.Time = at
 		}
+		if err := e.validateTime(); err != nil {
+			return c, fmt.Errorf("event %d: %w", i, err)
+		}
 		e.Time = e.Time.UTC().Round(0)
 	}
 	if c.Key != "" && c.Fingerprint == "" {
@@ -225,8 +229,18 @@ func (e *Event) validate(limits Limits) error {
 		size += len(tag)
 	}
 	m := &e.Metadata
-	size += len(m.CorrelationID) + len(m.CausationID) + len(m.Actor) + len(m.TraceParent) + len(m.Codec)
+	for _, field := range []struct{ name, text string }{
+		{"correlation id", m.CorrelationID}, {"causation id", m.CausationID}, {"actor", m.Actor}, {"trace parent", m.TraceParent}, {"codec", m.Codec},
+	} {
+		if !utf8.ValidString(field.text) {
+			return fmt.Errorf("%w: event %q: the %s %q is not valid UTF-8", ErrInvalid, e.Type, field.name, clip(field.text))
+		}
+		size += len(field.text)
+	}
 	for k, v := range m.Extra {
+		if !utf8.ValidString(k) || !utf8.ValidString(v) {
+			return fmt.Errorf("%w: event %q: the extra metadata %q: %q is not valid UTF-8", ErrInvalid, e.Type, clip(k), clip(v))
+		}
 		size += len(k) + len(v)
 	}
 	if m.SchemaVersion < 0 {
@@ -235,10 +249,13 @@ func (e *Event) validate(limits Limits) error {
 	if size > limits.EventBytes {
 		return fmt.Errorf("%w: event %q of stream %q has %d bytes, at most %d are allowed: keep large content elsewhere and store a reference", ErrTooLarge, e.Type, clip(e.Stream.String()), size, limits.EventBytes)
 	}
-	if !e.Time.IsZero() {
-		if s := e.Time.Unix(); s < math.MinInt64/int64(time.Second)+1 || s > math.MaxInt64/int64(time.Second)-1 {
-			return fmt.Errorf("%w: event %q has the time %s, outside the years 1678 to 2261", ErrInvalid, e.Type, e.Time)
-		}
+	return nil
+}
+
+// validateTime demands what nanoseconds since 1970 can express.
+func (e *Event) validateTime() error {
+	if s := e.Time.Unix(); s < math.MinInt64/int64(time.Second)+1 || s > math.MaxInt64/int64(time.Second)-1 {
+		return fmt.Errorf("%w: event %q has the time %s, outside the years 1678 to 2261", ErrInvalid, e.Type, e.Time)
 	}
 	return nil
 }

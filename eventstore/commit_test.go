@@ -138,6 +138,35 @@ func TestCommit_Prepare_Refuses(t *testing.T) {
 	}
 }
 
+// What JSON would change on its way to the disk is refused: readers from memory
+// and from the disk must see the same.
+func TestCommit_Prepare_MetadataIsUTF8(t *testing.T) {
+	t.Parallel()
+	for says, change := range map[string]func(*eventstore.Metadata, string){
+		`the correlation id "J\xf6rg"`:         func(m *eventstore.Metadata, s string) { m.CorrelationID = s },
+		`the causation id "J\xf6rg"`:           func(m *eventstore.Metadata, s string) { m.CausationID = s },
+		`the actor "J\xf6rg"`:                  func(m *eventstore.Metadata, s string) { m.Actor = s },
+		`the trace parent "J\xf6rg"`:           func(m *eventstore.Metadata, s string) { m.TraceParent = s },
+		`the codec "J\xf6rg"`:                  func(m *eventstore.Metadata, s string) { m.Codec = s },
+		`the extra metadata "J\xf6rg": "b"`:    func(m *eventstore.Metadata, s string) { m.Extra = map[string]string{s: "b"} },
+		`the extra metadata "name": "J\xf6rg"`: func(m *eventstore.Metadata, s string) { m.Extra = map[string]string{"name": s} },
+	} {
+		_, err := one(func(e *eventstore.Event) { change(&e.Metadata, "J\xf6rg") }).Prepare(eventstore.DefaultLimits(), clock)
+		require.EqualError(t, err, `event 0: invalid: event "opened": `+says+` is not valid UTF-8`)
+		require.ErrorIs(t, err, eventstore.ErrInvalid)
+		_, err = one(func(e *eventstore.Event) { change(&e.Metadata, "Jörg") }).Prepare(eventstore.DefaultLimits(), clock)
+		require.NoError(t, err)
+	}
+}
+
+// The store's clock is no more trusted than the caller's.
+func TestCommit_Prepare_ClockOutOfRange(t *testing.T) {
+	t.Parallel()
+	_, err := one(nil).Prepare(eventstore.DefaultLimits(), func() time.Time { return time.Date(2300, 1, 1, 0, 0, 0, 0, time.UTC) })
+	require.EqualError(t, err, `event 0: invalid: event "opened" has the time 2300-01-01 00:00:00 +0000 UTC, outside the years 1678 to 2261`)
+	require.ErrorIs(t, err, eventstore.ErrInvalid)
+}
+
 // Every part of an event counts for its size.
 func TestCommit_Prepare_EventBytes(t *testing.T) {
 	t.Parallel()

@@ -104,6 +104,9 @@ func NewEncoding(options ...EncodingOption) (*Encoding, error) {
 // every type that has no codec of its own. It also reads what it once wrote.
 func UseCodec(codec Codec, types ...string) EncodingOption {
 	return func(e *Encoding) error {
+		if codec == nil {
+			return fmt.Errorf("%w: the codec of event types %q is nil", ErrInvalid, types)
+		}
 		if known, ok := e.byName[codec.Name()]; ok && known != codec {
 			return fmt.Errorf("%w: two codecs are named %q", ErrInvalid, codec.Name())
 		}
@@ -145,6 +148,9 @@ func UpcastBytes(eventType string, from int, up func([]byte) ([]byte, error)) En
 // Upcast is [UpcastBytes] for types stored as JSON, by typed values: Old is
 // the shape of version from, New that of version from+1.
 func Upcast[Old, New any](eventType string, from int, up func(Old) (New, error)) EncodingOption {
+	if up == nil {
+		return UpcastBytes(eventType, from, nil)
+	}
 	return UpcastBytes(eventType, from, func(data []byte) ([]byte, error) {
 		var old Old
 		if err := JSON().Unmarshal(data, &old); err != nil {

@@ -331,6 +331,8 @@ func TestNewEncoding_ReportsAllMistakes(t *testing.T) {
 		eventstore.UseCodec(wordCodec{""}, "x"),
 		eventstore.UpcastBytes("a", 0, up),
 		eventstore.UpcastBytes("a", 1, nil),
+		eventstore.Upcast[openedV1, openedV2]("typed", 1, nil),
+		eventstore.UseCodec(nil, "coded"),
 		eventstore.UpcastBytes("b", 1, up),
 		eventstore.UpcastBytes("b", 1, up),
 		eventstore.UpcastBytes("c", 2, up),
@@ -343,6 +345,8 @@ func TestNewEncoding_ReportsAllMistakes(t *testing.T) {
 	require.ErrorIs(t, err, eventstore.ErrInvalid)
 	for _, says := range []string{
 		`event type "said" has two codecs`,
+		`event type "typed": the upcaster from schema version 1 is nil`,
+		`the codec of event types ["coded"] is nil`,
 		`two codecs are named ""`,
 		`event type "a": upcasters start from schema version 1, got 0`,
 		`event type "a": the upcaster from schema version 1 is nil`,

@@ -30,7 +30,8 @@ type Revision struct {
 	Position Position
 }
 
-// Metadata travels with an event but is not part of the domain.
+// Metadata travels with an event but is not part of the domain. Its texts must
+// be valid UTF-8.
 type Metadata struct {
 	// CorrelationID is shared by everything that one request caused.
 	CorrelationID string `json:"correlation,omitempty"`

@@ -5,12 +5,23 @@ import (
 	"slices"
 )
 
+// Limits of queries. They are the same on every backend, and such that one
+// statement of each can answer the largest query; more is [ErrTooLarge].
+const (
+	MaxQueryItems = 100
+	MaxItemTypes  = 1000
+	MaxItemTags   = 32
+)
+
 // Query selects events: everything, or those that match any of its items. The
 // zero Query selects nothing and is refused with [ErrInvalid], so that a
 // forgotten filter is not mistaken for "everything".
 //
 // The item rules are those of dcb.events: an item matches an event that has
 // any of its types and all of its tags.
+//
+// A query has at most [MaxQueryItems] items, an item at most [MaxItemTypes]
+// types and [MaxItemTags] tags.
 type Query struct {
 	Everything bool
 	Items      []Item
@@ -59,13 +70,17 @@ func Tagged(tags ...string) Query { return Match(Item{Tags: tags}) }
 // IsZero reports whether q was left unset.
 func (q Query) IsZero() bool { return !q.Everything && len(q.Items) == 0 }
 
-// Validate refuses queries that select nothing by mistake.
+// Validate refuses queries that select nothing by mistake, break the rules of
+// names, or exceed a limit.
 func (q Query) Validate() error {
 	switch {
 	case q.Everything && len(q.Items) > 0:
 		return fmt.Errorf("%w: the query asks for everything and for %d items: choose one", ErrInvalid, len(q.Items))
 	case q.IsZero():
 		return fmt.Errorf("%w: the query is empty: use eventstore.All() for everything, or give it items", ErrInvalid)
+	}
+	if len(q.Items) > MaxQueryItems {
+		return fmt.Errorf("%w: the query has %d items, at most %d are allowed", ErrTooLarge, len(q.Items), MaxQueryItems)
 	}
 	for i, item := range q.Items {
 		if err := item.validate(); err != nil {
@@ -78,6 +93,12 @@ func (q Query) Validate() error {
 func (i Item) validate() error {
 	if i.Category == "" && i.Stream.IsZero() && len(i.Types) == 0 && len(i.Tags) == 0 && i.Slices.IsZero() {
 		return fmt.Errorf("%w: it constrains nothing: use eventstore.All() for everything", ErrInvalid)
+	}
+	if len(i.Types) > MaxItemTypes {
+		return fmt.Errorf("%w: it has %d types, at most %d are allowed: divide them among several items", ErrTooLarge, len(i.Types), MaxItemTypes)
+	}
+	if len(i.Tags) > MaxItemTags {
+		return fmt.Errorf("%w: it has %d tags, at most %d are allowed", ErrTooLarge, len(i.Tags), MaxItemTags)
 	}
 	if i.Category != "" {
 		if err := ValidateCategory(i.Category); err != nil {

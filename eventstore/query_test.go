@@ -73,6 +73,32 @@ func TestQuery_Validate(t *testing.T) {
 	require.NoError(t, eventstore.ReadOptions{}.Validate())
 }
 
+func TestQuery_Validate_Limits(t *testing.T) {
+	t.Parallel()
+	names := func(n int) []string { return slices.Repeat([]string{"a"}, n) }
+	items := func(n int) eventstore.Query {
+		return eventstore.Match(slices.Repeat([]eventstore.Item{{Category: "a"}}, n)...)
+	}
+	for _, c := range []struct {
+		most int
+		make func(int) eventstore.Query
+		says string
+	}{
+		{eventstore.MaxQueryItems, items, "too large: the query has 101 items, at most 100 are allowed"},
+		{eventstore.MaxItemTypes, func(n int) eventstore.Query { return eventstore.OfTypes(names(n)...) }, "query item 0: too large: it has 1001 types, at most 1000 are allowed: divide them among several items"},
+		{eventstore.MaxItemTags, func(n int) eventstore.Query { return eventstore.Tagged(names(n)...) }, "query item 0: too large: it has 33 tags, at most 32 are allowed"},
+	} {
+		require.NoError(t, c.make(c.most).Validate())
+		err := c.make(c.most + 1).Validate()
+		require.EqualError(t, err, c.says)
+		require.ErrorIs(t, err, eventstore.ErrTooLarge)
+		commit := one(nil)
+		commit.Conditions = []eventstore.Condition{eventstore.NoneMatch(c.make(c.most+1), 0)}
+		_, err = commit.Prepare(eventstore.DefaultLimits(), clock)
+		require.EqualError(t, err, "condition 0: "+c.says)
+	}
+}
+
 // An item with more types matches more, with more tags less; more items match more.
 func TestQuery_IsMonotonic(t *testing.T) {
 	t.Parallel()

@@ -25,18 +25,22 @@ func (k *kinds) clone() *kinds { return &kinds{byID: maps.Clone(k.byID), id: map
 
 // matching returns the ids of the kinds that fit the item, in order.
 func (k *kinds) matching(item *eventstore.Item) []int64 {
+	var ids []int64
 	if item.Category != "" && len(item.Types) > 0 {
-		var ids []int64
 		for _, t := range item.Types {
-			if id, ok := k.id[kind{item.Category, t}]; ok && !slices.Contains(ids, id) {
+			if id, ok := k.id[kind{item.Category, t}]; ok {
 				ids = append(ids, id)
 			}
 		}
-		return ids
+		slices.Sort(ids)
+		return slices.Compact(ids) // a type may be named twice
 	}
-	var ids []int64
+	types := make(map[string]bool, len(item.Types))
+	for _, t := range item.Types {
+		types[t] = true
+	}
 	for id, name := range k.byID {
-		if (item.Category == "" || item.Category == name.category) && (len(item.Types) == 0 || slices.Contains(item.Types, name.eventType)) {
+		if (item.Category == "" || item.Category == name.category) && (len(types) == 0 || types[name.eventType]) {
 			ids = append(ids, id)
 		}
 	}
@@ -72,6 +76,7 @@ const (
 // stream does not exist.
 func makePlan(q eventstore.Query, k *kinds, lookup func(eventstore.Stream) (int64, bool, error)) (plan, error) {
 	p := plan{everything: q.Everything, exact: true}
+	var sought map[int64]bool // kinds that have an arm
 	for i := range q.Items {
 		item := &q.Items[i]
 		var ids []int64
@@ -110,6 +115,13 @@ func makePlan(q eventstore.Query, k *kinds, lookup func(eventstore.Stream) (int6
 			p.exact = p.exact && item.Slices.IsZero()
 		case constrained:
 			for _, id := range ids {
+				if sought[id] {
+					continue
+				}
+				if sought == nil {
+					sought = map[int64]bool{}
+				}
+				sought[id] = true
 				p.arms = append(p.arms, arm{table: "e", from: byKind, where: "e.kind = ?", args: []any{id}})
 			}
 			p.exact = p.exact && item.Slices.IsZero()

@@ -102,12 +102,13 @@ func TestStore_Read_ManyItems(t *testing.T) {
 	s := open(t, filepath.Join(t.TempDir(), "log.db"))
 	var items []eventstore.Item
 	var c eventstore.Commit
-	for i := range 3 * mostArms {
+	for i := range eventstore.MaxQueryItems / 2 {
 		tag := fmt.Sprint("n:", i)
 		items = append(items, eventstore.Item{Tags: []string{tag}}, eventstore.Item{Types: []string{"happened"}, Tags: []string{tag}})
 		c.Events = append(c.Events, one(eventstore.Stream{Category: "a", ID: fmt.Sprint(i)}, "happened", tag, "all")...)
 		c.Events = append(c.Events, one(eventstore.Stream{Category: "a", ID: fmt.Sprint(i)}, "ignored", "none")...)
 	}
+	require.Greater(t, len(items), mostArms)
 	_, err := s.Append(t.Context(), c)
 	require.NoError(t, err)
 	for _, backward := range []bool{false, true} {
@@ -126,6 +127,67 @@ func TestStore_Read_ManyItems(t *testing.T) {
 	}
 }
 
+// The largest queries that are allowed can be read, and be a condition.
+func TestStore_LargestQueries(t *testing.T) {
+	t.Parallel()
+	s := open(t, filepath.Join(t.TempDir(), "log.db"))
+	names := func(prefix string, n int) []string {
+		all := make([]string, n)
+		for i := range all {
+			all[i] = fmt.Sprint(prefix, i)
+		}
+		return all
+	}
+	types, tags := names("type", eventstore.MaxItemTypes), names("tag", eventstore.MaxItemTags)
+	var all []eventstore.Event
+	for _, name := range types {
+		all = append(all, one(ann, name)...)
+	}
+	_, err := s.Append(t.Context(), eventstore.Commit{Events: all})
+	require.NoError(t, err)
+	_, err = s.Append(t.Context(), eventstore.Commit{Events: one(ann, "type7", tags...)})
+	require.NoError(t, err)
+	items := func(make func(i int) eventstore.Item) eventstore.Query {
+		var q eventstore.Query
+		for i := range eventstore.MaxQueryItems {
+			q.Items = append(q.Items, make(i))
+		}
+		return q
+	}
+	for name, test := range map[string]struct {
+		query eventstore.Query
+		want  int
+	}{
+		"types":                {eventstore.OfTypes(types...), len(types) + 1},
+		"tags":                 {eventstore.Tagged(tags...), 1},
+		"types and tags":       {eventstore.Match(eventstore.Item{Types: types, Tags: tags}), 1},
+		"fewer types and tags": {eventstore.Match(eventstore.Item{Types: types[:mostIn-1], Tags: tags}), 1},
+		"items of types":       {items(func(int) eventstore.Item { return eventstore.Item{Types: types} }), len(types) + 1},
+		"items of types and tags": {items(func(i int) eventstore.Item {
+			return eventstore.Item{Types: types[:mostIn-1], Tags: append(names(fmt.Sprint("item", i, "-"), len(tags)-1), tags[0])}
+		}), 0},
+		"items that match": {items(func(int) eventstore.Item { return eventstore.Item{Category: "account", Types: types, Tags: tags} }), 1},
+	} {
+		for _, backward := range []bool{false, true} {
+			if backward && len(test.query.Items) > 1 {
+				continue // they take seconds to prepare, and differ in a word
+			}
+			got := 0
+			for _, err := range s.Read(t.Context(), test.query, eventstore.ReadOptions{Backward: backward}) {
+				require.NoError(t, err, name)
+				got++
+			}
+			require.Equal(t, test.want, got, name)
+		}
+		_, err = s.Append(t.Context(), eventstore.Commit{Events: one(ann, "never"), Conditions: []eventstore.Condition{eventstore.NoneMatch(test.query, 0)}})
+		if test.want > 0 {
+			require.ErrorIs(t, err, eventstore.ErrConflict, name)
+		} else {
+			require.NoError(t, err, name)
+		}
+	}
+}
+
 // A statement that is read row by row is not finalized meanwhile, though the
 // names of streams need others and the connection keeps only so many.
 func TestStore_Read_StatementsMakeRoom(t *testing.T) {
@@ -135,10 +197,17 @@ func TestStore_Read_StatementsMakeRoom(t *testing.T) {
 		_, err := s.Append(t.Context(), eventstore.Commit{Events: one(eventstore.Stream{Category: "account", ID: fmt.Sprint(i)}, "opened", "a", "b")})
 		require.NoError(t, err)
 	}
+	for _, err := range s.Read(t.Context(), eventstore.All(), eventstore.ReadOptions{Limit: 1}) {
+		require.NoError(t, err) // the first name is known
+	}
 	c, err := s.pages.get(t.Context())
 	require.NoError(t, err)
-	// Two are to come for the query; the third is for the first name.
-	for i := 0; len(c.statements) < mostStatements-2; i++ {
+	for text, known := range c.statements {
+		known.finalize()
+		delete(c.statements, text)
+	}
+	// BEGIN, the positions and the events make it full; the second name needs room.
+	for i := range mostStatements - 3 {
 		require.NoError(t, c.run(fmt.Sprintf("SELECT %d WHERE 0", i)))
 	}
 	s.pages.put(c)

@@ -134,6 +134,10 @@ func (tx *stateTx) Query(ctx context.Context, query string, args ...any) (projec
 		}
 		return nil, fmt.Errorf("%w: sql %q: a query is one statement", eventstore.ErrInvalid, query)
 	}
+	if tx.c.guard.altered.Swap(false) {
+		s.reset()
+		return nil, fmt.Errorf("%w: sql %q: a query does not alter tables: use Exec", eventstore.ErrInvalid, query)
+	}
 	if err := bindUser(s, args); err != nil {
 		s.reset()
 		return nil, sqlFailure(query, err)
@@ -154,7 +158,24 @@ func sqlFailure(query string, err error) error {
 	if isCode(err, sqlite3.SQLITE_AUTH) {
 		return fmt.Errorf("%w: sql %q: transactions, pragmas, other files, temporary tables and names like deed_… are not for projections: %w", eventstore.ErrInvalid, query, err)
 	}
+	if unavailable(err) {
+		return fmt.Errorf("sql %q: %w: %w", query, projection.ErrUnavailable, err)
+	}
 	return fmt.Errorf("sql %q: %w", query, err)
+}
+
+// unavailable reports whether the file or the machine is to blame, not the
+// statement.
+func unavailable(err error) bool {
+	for _, code := range []int{
+		sqlite3.SQLITE_BUSY, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT,
+		sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_NOTADB,
+	} {
+		if isCode(err, code) {
+			return true
+		}
+	}
+	return false
 }
 
 func bindUser(s *statement, args []any) error {

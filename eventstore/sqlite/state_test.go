@@ -316,6 +316,12 @@ func TestStore_SQL_Rename(t *testing.T) {
 		}
 	}
 	require.NoError(t, s.Update(t.Context(), func(tx projection.StateTx) error {
+		_, err := tx.Query(t.Context(), "ALTER TABLE mine RENAME TO deed_mine")
+		require.ErrorIs(t, err, eventstore.ErrInvalid)
+		require.ErrorContains(t, err, "use Exec")
+		return nil
+	}))
+	require.NoError(t, s.Update(t.Context(), func(tx projection.StateTx) error {
 		_, err := tx.Exec(t.Context(), "ALTER TABLE mine RENAME TO yours; INSERT INTO yours VALUES (1); ALTER TABLE search RENAME TO finds")
 		return err
 	}))
