@@ -45,8 +45,8 @@
 // be decoded goes there at once. [Engine.ReplayDeadLetters] tries them again
 // after the cause was removed.
 //
-// A failing database is not the event's fault: it is tried again until it
-// answers. A worker that lost its lease to another stops, with [ErrFenced].
+// A failing database is not the event's fault, also within a handler
+// ([ErrUnavailable]): it is tried again until it answers. A worker that lost its lease to another stops, with [ErrFenced].
 //
 // # State
 //

@@ -138,6 +138,9 @@ func (r *runner) Run(ctx context.Context) (err error) {
 
 // final reports whether trying again cannot help.
 func final(err error) bool {
+	if errors.Is(err, ErrUnavailable) {
+		return false
+	}
 	for _, target := range []error{
 		ErrFenced, ErrLeaseHeld, ErrWrongLog, errRowShape, errors.ErrUnsupported, errSetup,
 		eventstore.ErrClosed, eventstore.ErrGap, eventstore.ErrNewerVersion, eventstore.ErrInvalid,

@@ -161,7 +161,12 @@ func (f *sqlFolder) apply(ctx context.Context, items []item, seal func(tx StateT
 				break
 			}
 			if it := &items[done]; !it.parked {
-				if err := f.call(ctx, tx, it); err != nil {
+				only := &onlySQL{tx: tx}
+				err := f.call(ctx, only, it)
+				if only.failed != nil {
+					return only.failed // whatever the handler made of it
+				}
+				if err != nil {
 					return &handlerError{index: done, cause: err}
 				}
 			}
@@ -185,18 +190,49 @@ func (f *sqlFolder) call(ctx context.Context, tx Tx, it *item) error {
 	}
 	it.used = true
 	_, err := guard(func() (struct{}, error) {
-		return struct{}{}, h.handle(ctx, onlySQL{tx}, it.value, it.event)
+		return struct{}{}, h.handle(ctx, tx, it.value, it.event)
 	})
 	return err
 }
 
-// onlySQL keeps handlers from reaching the rest of the state's transaction.
-type onlySQL struct{ tx Tx }
-
-func (o onlySQL) Exec(ctx context.Context, query string, args ...any) (int64, error) {
-	return o.tx.Exec(ctx, query, args...)
+// onlySQL keeps handlers from reaching the rest of the state's transaction, and
+// remembers whether the database failed.
+type onlySQL struct {
+	tx     Tx
+	failed error
 }
 
-func (o onlySQL) Query(ctx context.Context, query string, args ...any) (Rows, error) {
-	return o.tx.Query(ctx, query, args...)
+func (o *onlySQL) note(err error) error {
+	if o.failed == nil && errors.Is(err, ErrUnavailable) {
+		o.failed = err
+	}
+	return err
 }
+
+func (o *onlySQL) Exec(ctx context.Context, query string, args ...any) (int64, error) {
+	n, err := o.tx.Exec(ctx, query, args...)
+	return n, o.note(err)
+}
+
+func (o *onlySQL) Query(ctx context.Context, query string, args ...any) (Rows, error) {
+	rows, err := o.tx.Query(ctx, query, args...)
+	if err != nil {
+		return nil, o.note(err)
+	}
+	return notedRows{Rows: rows, by: o}, nil
+}
+
+type notedRows struct {
+	Rows
+	by *onlySQL
+}
+
+func (r notedRows) Next() bool {
+	more := r.Rows.Next()
+	if !more {
+		_ = r.by.note(r.Rows.Err())
+	}
+	return more
+}
+
+func (r notedRows) Err() error { return r.by.note(r.Rows.Err()) }

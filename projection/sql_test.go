@@ -165,6 +165,147 @@ func TestSQL_PoisonIsSetAside(t *testing.T) {
 	require.NoError(t, r.stop())
 }
 
+// failingTx is a transaction whose database fails, or refuses.
+type failingTx struct {
+	projection.StateTx
+	exec  func() error
+	query func() error
+	rows  func() error
+}
+
+func (f failingTx) Exec(ctx context.Context, query string, args ...any) (int64, error) {
+	if err := f.exec(); err != nil {
+		return 0, err
+	}
+	return f.StateTx.Exec(ctx, query, args...)
+}
+
+func (f failingTx) Query(ctx context.Context, query string, args ...any) (projection.Rows, error) {
+	if err := f.query(); err != nil {
+		return nil, err
+	}
+	rows, err := f.StateTx.Query(ctx, query, args...)
+	return failingRows{rows, f.rows()}, err
+}
+
+type failingRows struct {
+	projection.Rows
+	err error
+}
+
+func (f failingRows) Next() bool { return f.err == nil && f.Rows.Next() }
+func (f failingRows) Err() error { return errors.Join(f.err, f.Rows.Err()) }
+
+// A database that fails within a handler is tried again without limit, whatever
+// the handler makes of the error; other errors are the event's.
+func TestSQL_DatabaseFailsInAHandler(t *testing.T) {
+	t.Parallel()
+	full := fmt.Errorf("write: %w: no space left", projection.ErrUnavailable)
+	type handler = func(ctx context.Context, tx projection.Tx) error
+	exec := func(ctx context.Context, tx projection.Tx) error {
+		_, err := tx.Exec(ctx, "INSERT INTO done VALUES (1)")
+		return err
+	}
+	read := func(ctx context.Context, tx projection.Tx) error {
+		rows, err := tx.Query(ctx, "SELECT n FROM done")
+		if err != nil {
+			return err
+		}
+		for rows.Next() {
+		}
+		return errors.Join(rows.Err(), rows.Close())
+	}
+	for name, c := range map[string]struct {
+		handle            handler
+		exec, query, rows error
+		parked            bool
+	}{
+		"exec":           {handle: exec, exec: full},
+		"query":          {handle: read, query: full},
+		"rows":           {handle: read, rows: full},
+		"another error":  {handle: func(ctx context.Context, tx projection.Tx) error { return errorText(exec(ctx, tx)) }, exec: full},
+		"swallowed":      {handle: func(ctx context.Context, tx projection.Tx) error { _ = exec(ctx, tx); return nil }, exec: full},
+		"panics":         {handle: func(ctx context.Context, tx projection.Tx) error { mustNot(exec(ctx, tx)); return nil }, exec: full},
+		"event's, exec":  {handle: exec, exec: errors.New("constraint"), parked: true},
+		"event's, query": {handle: read, query: errors.New("no such table"), parked: true},
+		"event's, rows":  {handle: read, rows: errors.New("overflow"), parked: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			store := openSQLite(t)
+			var within, failures atomic.Int64
+			failing := func(err error) func() error {
+				return func() error {
+					if err == nil || within.Load() == 0 || failures.Add(1) > 20 {
+						return nil
+					}
+					return err
+				}
+			}
+			state := &hookedState{State: store, update: func(ctx context.Context, fn func(projection.StateTx) error) error {
+				return store.Update(ctx, func(tx projection.StateTx) error {
+					return fn(failingTx{tx, failing(c.exec), failing(c.query), failing(c.rows)})
+				})
+			}}
+			d := projection.SQL("done",
+				projection.Setup("CREATE TABLE IF NOT EXISTS done (n INTEGER)"),
+				projection.OnSQL(func(ctx context.Context, tx projection.Tx, _ deposited, _ eventstore.Recorded) error {
+					within.Add(1)
+					defer within.Add(-1)
+					return c.handle(ctx, tx)
+				}))
+			put(t, store, account("ann"), deposited{1})
+			r := start(t, store, state, projection.Options{Attempts: 2, RetryAfter: 1, RetryAtMost: 1}, d)
+			r.caughtUp(t, store, "done")
+			letters, err := r.DeadLetters(t.Context(), "done")
+			require.NoError(t, err)
+			if c.parked {
+				require.Len(t, letters, 1)
+			} else {
+				require.Empty(t, letters)
+				require.EqualValues(t, 21, failures.Load())
+			}
+			require.NoError(t, r.stop())
+		})
+	}
+}
+
+func errorText(err error) error {
+	if err == nil {
+		return nil
+	}
+	return errors.New(err.Error())
+}
+
+func mustNot(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// A database that fails while the tables are made does not stop the projection.
+func TestSQL_DatabaseFailsInSetup(t *testing.T) {
+	t.Parallel()
+	store := openSQLite(t)
+	var failures atomic.Int64
+	state := &hookedState{State: store, update: func(ctx context.Context, fn func(projection.StateTx) error) error {
+		return store.Update(ctx, func(tx projection.StateTx) error {
+			none := func() error { return nil }
+			return fn(failingTx{tx, func() error {
+				if failures.Add(1) > 3 {
+					return nil
+				}
+				return projection.ErrUnavailable
+			}, none, none})
+		})
+	}}
+	put(t, store, account("ann"), deposited{1})
+	r := start(t, store, state, projection.Options{RetryAfter: 1, RetryAtMost: 1}, ledger(nil))
+	r.caughtUp(t, store, "ledger")
+	require.Equal(t, deposits(t, store), lines(t, store))
+	require.NoError(t, r.stop())
+}
+
 // A handler that changes its event gets it as it was stored when it is called again.
 func TestSQL_RetryBeginsWithTheStoredEvent(t *testing.T) {
 	t.Parallel()

@@ -83,7 +83,8 @@ type StateTx interface {
 
 // Tx runs SQL in a transaction. Parameters are $1, $2, … on every backend, so
 // one text serves SQLite and PostgreSQL. Backends without SQL return an error
-// wrapping errors.ErrUnsupported.
+// wrapping errors.ErrUnsupported. An error that wraps [ErrUnavailable] is the
+// database's; any other is the caller's, say a constraint.
 type Tx interface {
 	// Exec runs a statement and returns how many rows it changed.
 	Exec(ctx context.Context, query string, args ...any) (int64, error)
@@ -152,4 +153,8 @@ var (
 	// ErrFenced: the lease or the checkpoint has moved on; whoever gets this is no
 	// longer the owner and must stop. Nothing was committed.
 	ErrFenced = errors.New("fenced: another owner has taken over")
+	// ErrUnavailable: the database failed, and not because of the statement: the disk
+	// is full or broken, the connection was lost. Backends make errors of Exec, Query
+	// and Rows wrap it; what failed with it is tried again until the database answers.
+	ErrUnavailable = errors.New("the database failed")
 )

@@ -11,6 +11,7 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/projection"
@@ -392,4 +393,38 @@ func TestStore_Update_Cancelled(t *testing.T) {
 	require.Equal(t, context.Canceled, <-waiting)
 	close(finish)
 	require.NoError(t, <-held)
+}
+
+// What fails because of the disk is told from what fails because of the statement.
+func TestStore_Update_DatabaseFails(t *testing.T) {
+	t.Parallel()
+	s := open(t, filepath.Join(t.TempDir(), "log.db"))
+	exec := func(query string) error {
+		return s.Update(t.Context(), func(tx projection.StateTx) error {
+			_, err := tx.Exec(t.Context(), query)
+			return err
+		})
+	}
+	pages := func(most string) {
+		require.NoError(t, s.Update(t.Context(), func(tx projection.StateTx) error {
+			return tx.(*stateTx).c.exec("PRAGMA max_page_count = " + most)
+		}))
+	}
+	require.NoError(t, exec("CREATE TABLE lines (n INTEGER PRIMARY KEY, text BLOB NOT NULL)"))
+	require.NoError(t, exec("INSERT INTO lines VALUES (1, 'one')"))
+	for _, mistake := range []string{
+		"INSERT INTO lines VALUES (1, 'again')", "INSERT INTO lines VALUES (2, NULL)", "INSERT INTO lines VALUES ('x', 'y')",
+		"INSERT INTO line VALUES (2, 'two')", "INSART", "DELETE FROM deed_events", "INSERT INTO lines VALUES (2, zeroblob(2000000000))",
+	} {
+		err := exec(mistake)
+		require.Error(t, err, mistake)
+		require.NotErrorIs(t, err, projection.ErrUnavailable)
+	}
+	pages("1") // the disk is full: it grows to what is there, and no further
+	require.ErrorIs(t, exec("INSERT INTO lines VALUES (2, randomblob(1000000))"), projection.ErrUnavailable)
+	pages("1000000000")
+	require.NoError(t, exec("INSERT INTO lines VALUES (2, randomblob(1000000))"))
+	for _, code := range []int{sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_BUSY_SNAPSHOT, sqlite3.SQLITE_NOMEM} {
+		require.ErrorIs(t, sqlFailure("SELECT 1", &sqliteError{code: code}), projection.ErrUnavailable, code)
+	}
 }
