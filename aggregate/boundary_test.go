@@ -238,6 +238,23 @@ func TestBoundary_UnknownOutcome(t *testing.T) {
 		}
 	})
 
+	t.Run("WithKeyThatAnotherProcessUsed", func(t *testing.T) {
+		t.Parallel()
+		gated(t, aggregate.Options{}, func(t *testing.T, g *gate, r *aggregate.Runtime) {
+			other := aggregate.NewRuntime(g, aggregate.Options{})
+			req := subscribe("go", "ann", 5)
+			req.Key = "k"
+			ours, theirs := startOf(t, r, courses, req), startOf(t, other, courses, req)
+			g.next(t).fail(eventstore.ErrOutcomeUnknown) // ours is lost
+			g.pass()
+			require.False(t, theirs.succeeds(t).Duplicate)
+			receipt := ours.succeeds(t)
+			require.True(t, receipt.Duplicate, "the other process wrote it")
+			require.Equal(t, theirs.receipt.Last, receipt.Last)
+			require.NoError(t, other.Stop(t.Context()))
+		})
+	})
+
 	t.Run("WithoutKey", func(t *testing.T) {
 		t.Parallel()
 		gated(t, aggregate.Options{}, func(t *testing.T, g *gate, r *aggregate.Runtime) {

@@ -417,6 +417,51 @@ func TestExecute_Panics(t *testing.T) {
 		require.ErrorContains(t, err, `load "account-ann": the fold of event "account.fragile"`)
 	})
 
+	t.Run("FoldOfHistoryEndsItsGoroutine", func(t *testing.T) {
+		t.Parallel()
+		gated(t, aggregate.Options{}, func(t *testing.T, g *gate, r *aggregate.Runtime) {
+			folds := 0
+			ending := aggregate.Define("account", aggregate.On(func(a *account, e deposited) {
+				if folds++; folds < 100 {
+					runtime.Goexit()
+				}
+				a.Cents += e.Cents
+			}))
+			g.foreign(t, 1)
+			for n := range 3 {
+				culprit := startOf(t, r, ending, on("ann", nothing))
+				require.True(t, culprit.done)
+				require.ErrorContains(t, culprit.err, `the decision on "account-ann" ended its goroutine`)
+				require.Equal(t, n+1, folds, "each call loads once")
+			}
+			folds = 100
+			startOf(t, r, ending, on("ann", deposit(1)))
+			g.pass()
+		})
+	})
+
+	t.Run("LateFoldEndsItsGoroutine", func(t *testing.T) {
+		t.Parallel()
+		gated(t, aggregate.Options{}, func(t *testing.T, g *gate, r *aggregate.Runtime) {
+			ends := true
+			ending := aggregate.Define("account", aggregate.OnMeta(func(a *account, e deposited, _ eventstore.Recorded) {
+				if a.Cents += e.Cents; ends {
+					ends = false
+					runtime.Goexit()
+				}
+			}))
+			first := startOf(t, r, ending, on("ann", deposit(1)))
+			g.pass()
+			require.Equal(t, eventstore.Position(1), first.succeeds(t).Last, "it is written")
+			var saw account
+			startOf(t, r, ending, on("ann", func(a account) ([]aggregate.Event, error) {
+				saw = a
+				return nil, nil
+			})).succeeds(t)
+			require.Equal(t, int64(1), saw.Cents, "the state was loaded again")
+		})
+	})
+
 	t.Run("Encode", func(t *testing.T) {
 		t.Parallel()
 		r, _ := plain(t, aggregate.Options{})
@@ -597,4 +642,30 @@ func TestRuntime_LogsUnknownOutcomes(t *testing.T) {
 		g.next(t).lose()
 	})
 	require.Contains(t, out.String(), `msg="deed: the outcome of a commit is unknown, looking it up" stream=account-ann`)
+}
+
+// leaving is a store whose second lookup comes when its caller has left.
+type leaving struct {
+	*memory.Store
+	lookups int
+	leave   context.CancelFunc
+}
+
+func (s *leaving) Lookup(ctx context.Context, stream eventstore.Stream, key string) (eventstore.Receipt, bool, error) {
+	if s.lookups++; s.lookups == 2 {
+		s.leave()
+	}
+	return s.Store.Lookup(ctx, stream, key)
+}
+
+// Whether a refusal counts is known only when the key was looked up again; the
+// caller who leaves before hears of both, and errors.Is finds no refusal.
+func TestExecute_RefusalThatWasNotConfirmed(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	r := on1(t, &leaving{Store: memory.New(), leave: cancel}, aggregate.Options{})
+	_, err := aggregate.Execute(ctx, r, accounts, keyed("ann", "k", withdraw(1)))
+	require.ErrorIs(t, err, context.Canceled)
+	require.NotErrorIs(t, err, errInsufficient)
+	require.EqualError(t, err, `look up the idempotency key "k": context canceled; the decision, which counts only if the key is unused, was: insufficient funds: 1 of 0`)
 }

@@ -341,7 +341,8 @@ func TestSnapshot_ChangesNoAnswer(t *testing.T) {
 func TestSnapshot_UnfitStateIsToldOnce(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
-	r := aggregate.NewRuntime(memory.New(), aggregate.Options{Snapshots: &snapshotMap{}, Logger: slog.New(slog.NewTextHandler(&out, nil))})
+	m := &meters{counts: map[string]int64{}}
+	r := aggregate.NewRuntime(memory.New(), aggregate.Options{Snapshots: &snapshotMap{}, Logger: slog.New(slog.NewTextHandler(&out, nil)), MeterProvider: m})
 	def := carts(aggregate.SnapshotEvery[cart](1))
 	for range 3 {
 		_, err := aggregate.Execute(t.Context(), r, def, happens(cartOpened{}))
@@ -349,6 +350,7 @@ func TestSnapshot_UnfitStateIsToldOnce(t *testing.T) {
 	}
 	require.NoError(t, r.Stop(t.Context()))
 	require.Equal(t, 1, strings.Count(out.String(), "no snapshot is taken"))
+	require.Equal(t, map[string]int64{"deed.aggregate.unfit_snapshots": 3}, m.counts)
 }
 
 // A snapshot that fits in all that can be checked, and whose state is wrong all

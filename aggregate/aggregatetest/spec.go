@@ -301,8 +301,10 @@ func (s *Spec[S]) Nothing() *Spec[S] {
 	return s.Then()
 }
 
-// Rejected expects that the command was refused for the reason, as errors.Is
-// sees it, and that nothing happened. With nil, any [command.Rejection] will do.
+// Rejected expects that the command was refused for the reason, and that nothing
+// happened. The reason is the same as errors.Is sees it; one made by
+// [command.Reject] or [command.Rejectf] also when it says the same. With nil,
+// any [command.Rejection] will do.
 func (s *Spec[S]) Rejected(reason error) *Spec[S] {
 	s.t.Helper()
 	s.needsWhen("Rejected")
@@ -311,10 +313,15 @@ func (s *Spec[S]) Rejected(reason error) *Spec[S] {
 		s.t.Fatalf("%s was not rejected; this happened:\n%s", s.told, s.list(s.events))
 	case reason == nil && !command.IsRejection(s.err):
 		s.t.Fatalf("%s failed, but not by a command.Rejection: %v", s.told, s.err)
-	case reason != nil && !errors.Is(s.err, reason):
+	case reason != nil && !errors.Is(s.err, reason) && !saysTheSame(s.err, reason):
 		s.t.Fatalf("%s was rejected for another reason:\nexpected %v\ngot      %v", s.told, reason, s.err)
 	}
 	return s
+}
+
+// saysTheSame compares rejections that were made on the spot.
+func saysTheSame(err, reason error) bool {
+	return command.IsRejection(err) && command.IsRejection(reason) && err.Error() == reason.Error()
 }
 
 // RejectedSaying is [Spec.Rejected] for reasons without a name of their own:

@@ -124,7 +124,8 @@ func TestSpec_Passes(t *testing.T) {
 		Given(Deposited{1}).
 		When(&Withdraw{"ann", 61}, command.Key("k")).Then(&Withdrawn{61}).
 		When(Withdraw{"ann", 60}, command.Key("k")).Fails(eventstore.ErrKeyReused).
-		When(Withdraw{"bob", 1}).RejectedSaying(`account "bob" is not open`)
+		When(Withdraw{"bob", 1}).RejectedSaying(`account "bob" is not open`).
+		Rejected(command.Rejectf("account %q is not open", "bob"))
 
 	aggregatetest.For(t, accounts).Given(Opened{"ann"}, Deposited{7}).
 		State(func(a Account) { require.Equal(t, int64(7), a.Cents) })
@@ -232,6 +233,12 @@ expected:
 		"AnotherReason": {func(t testing.TB) {
 			aggregatetest.For(t, accounts).When(Withdraw{"ann", 5}).Rejected(ErrInsufficientFunds)
 		}, "was rejected for another reason:\nexpected insufficient funds\ngot      account \"ann\" is not open"},
+		"AnotherMessage": {func(t testing.TB) {
+			aggregatetest.For(t, accounts).When(Withdraw{"ann", 5}).Rejected(command.Rejectf("account %q is not open", "bob"))
+		}, "was rejected for another reason:\nexpected account \"bob\" is not open\ngot      account \"ann\" is not open"},
+		"SameMessageOfAnError": {func(t testing.TB) {
+			aggregatetest.For(t, accounts).When(Withdraw{"ann", 5}).Rejected(errors.New(`account "ann" is not open`))
+		}, "was rejected for another reason"},
 		"AnotherText": {func(t testing.TB) {
 			aggregatetest.For(t, accounts).When(Withdraw{"ann", 5}).RejectedSaying("closed")
 		}, "was rejected for another reason:\nexpected …closed…"},
