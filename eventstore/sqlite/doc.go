@@ -42,11 +42,15 @@
 //
 // One process at a time may have the file open: a second one gets
 // eventstore.ErrInUse at once, by a lock on FILE.lock, which is left behind
-// and harmless. FILE-wal and FILE-shm belong to the file while it is open: to
+// and harmless. The file must have one name: hard links are refused on Unix, and
+// would go unnoticed on Windows. FILE-wal and FILE-shm belong to the file while it is open: to
 // copy it, close the store first, or use SQLite's backup. Other programs may
 // read the file at any time (the view deed_history is made for people), and
 // must not write to it. Keep it off network file systems.
 //
 // Projections make their own tables in the same file with plain SQL; names
-// that begin with deed_ are taken.
+// that begin with deed_ are taken, and nothing can be temporary. A statement
+// that rolls back more than itself (OR ROLLBACK, RAISE(ROLLBACK)) fails its
+// update whatever the function makes of the error, and with it updates that
+// happened to share the transaction, which are to be tried again.
 package sqlite

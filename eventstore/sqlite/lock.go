@@ -39,6 +39,10 @@ func acquire(path string) (*lock, error) {
 		}
 		return nil, fmt.Errorf("lock %q: %w", name, err)
 	}
+	if n := links(path); n > 1 {
+		_ = file.Close()
+		return nil, fmt.Errorf("%w: %q is one of %d names (hard links) of a file: SQLite and its lock know a file by one name: remove the others, or copy the file instead", eventstore.ErrInvalid, path, n)
+	}
 	if err := file.Truncate(0); err == nil {
 		_, _ = fmt.Fprintf(file, "%d\n", os.Getpid()) // for the message above
 	}

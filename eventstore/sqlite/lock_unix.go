@@ -16,3 +16,12 @@ func lockFile(f *os.File) error {
 	}
 	return err
 }
+
+// links returns how many names the file has; 0 if there is none.
+func links(path string) uint64 {
+	var is unix.Stat_t
+	if err := unix.Stat(path, &is); err != nil {
+		return 0
+	}
+	return uint64(is.Nlink) // its type differs among systems
+}

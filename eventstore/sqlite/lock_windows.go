@@ -16,3 +16,6 @@ func lockFile(f *os.File) error {
 	}
 	return err
 }
+
+// links is not known here without opening the file.
+func links(string) uint64 { return 0 }

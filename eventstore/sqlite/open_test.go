@@ -2,9 +2,11 @@ package sqlite
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"testing/fstest"
 
@@ -79,6 +81,25 @@ func TestOpen_SecondStore(t *testing.T) {
 	head, err := again.Head(t.Context())
 	require.NoError(t, err)
 	require.EqualValues(t, 1, head)
+}
+
+// Two names of one file would have two locks and two write-ahead logs.
+func TestOpen_HardLink(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS == "windows" {
+		t.Skip("links are not counted on Windows")
+	}
+	folder := t.TempDir()
+	path, other := filepath.Join(folder, "log.db"), filepath.Join(folder, "other.db")
+	require.NoError(t, open(t, path).Close())
+	require.NoError(t, os.Link(path, other))
+	for _, name := range []string{path, other} {
+		_, err := Open(t.Context(), name)
+		require.ErrorIs(t, err, eventstore.ErrInvalid)
+		require.ErrorContains(t, err, fmt.Sprintf("%q is one of 2 names (hard links) of a file", name))
+	}
+	require.NoError(t, os.Remove(other))
+	appendOne(t, open(t, path), ann, "opened")
 }
 
 func TestOpen_Refusals(t *testing.T) {

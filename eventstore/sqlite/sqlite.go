@@ -57,13 +57,13 @@ var (
 type Option func(*settings) error
 
 type settings struct {
-	batchEvents int
-	batchBytes  int
-	tailEvents  int
-	tailBytes   int
-	readers     int
-	viewers     int
-	now         func() time.Time
+	batchCommits int
+	batchBytes   int
+	tailEvents   int
+	tailBytes    int
+	readers      int
+	viewers      int
+	now          func() time.Time
 
 	// For tests.
 	vfs         string
@@ -75,22 +75,22 @@ type settings struct {
 
 func defaults() settings {
 	return settings{
-		batchEvents: 4096,
-		batchBytes:  8 << 20,
-		tailEvents:  8192,
-		tailBytes:   16 << 20,
-		readers:     4,
-		viewers:     16,
-		now:         time.Now,
-		synchronous: "FULL",
-		checkpoint:  4000,
-		steps:       Migrations(),
+		batchCommits: 4096,
+		batchBytes:   8 << 20,
+		tailEvents:   8192,
+		tailBytes:    16 << 20,
+		readers:      4,
+		viewers:      16,
+		now:          time.Now,
+		synchronous:  "FULL",
+		checkpoint:   4000,
+		steps:        Migrations(),
 	}
 }
 
 // Tail bounds what is kept in memory of the latest events: by default 8,192
-// events and 16 MiB of data. Subscribers who are no further behind never read
-// from the file.
+// events and 16 MiB of data. It begins empty when the file is opened. Subscribers
+// who are no further behind never read from the file.
 func Tail(events, bytes int) Option {
 	return func(s *settings) error {
 		if events < 1 || bytes < 1 {
@@ -132,8 +132,8 @@ func (f file) Open(ctx context.Context) (eventstore.Store, error) {
 //
 // Errors: eventstore.ErrInUse while another Store, of this or another process,
 // has the file open; eventstore.ErrNewerVersion when a newer program has
-// written it; eventstore.ErrInvalid for a file that is not deed's. None of
-// them changes the file.
+// written it; eventstore.ErrInvalid for a file that is not deed's, or that has
+// several names (hard links). None of them changes the file.
 func Open(ctx context.Context, path string, options ...Option) (*Store, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err

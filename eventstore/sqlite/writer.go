@@ -194,7 +194,7 @@ func (w *writer) commits() bool {
 	if hold := s.settings.hold; hold != nil && s.appends.Len() > 0 {
 		hold()
 	}
-	w.batch = s.appends.Take(w.batch[:0], s.settings.batchEvents, s.settings.batchBytes)
+	w.batch = s.appends.Take(w.batch[:0], s.settings.batchCommits, s.settings.batchBytes)
 	if len(w.batch) == 0 {
 		return false
 	}
