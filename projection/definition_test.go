@@ -3,6 +3,7 @@ package projection_test
 import (
 	"context"
 	"errors"
+	"net/netip"
 	"testing"
 	"time"
 
@@ -32,6 +33,97 @@ type untagged struct {
 type nested struct {
 	When  time.Time
 	Parts []struct{ inner int }
+}
+
+type dated struct {
+	time.Time
+	Count int
+}
+
+type datedByName struct {
+	time.Time `json:"at"`
+	Count     int
+}
+
+type code struct{ Text string }
+
+func (code) MarshalJSON() ([]byte, error) { return []byte("{}"), nil }
+func (*code) UnmarshalJSON([]byte) error  { return nil }
+
+type withCode struct {
+	code
+	Count int
+}
+
+type deeper struct {
+	Count int
+	withCode
+}
+
+type withAddress struct {
+	*netip.Addr
+	Count int
+}
+
+type halfOwn struct {
+	time.Time
+	Count int
+}
+
+func (halfOwn) MarshalJSON() ([]byte, error) { return []byte("{}"), nil }
+
+type base struct{ Issued int }
+
+type shadowing struct {
+	base
+	Issued int
+}
+
+type sameName struct {
+	A int `json:"B"`
+	B int
+}
+
+type number int
+
+type withNumber struct {
+	number
+	Count int
+}
+
+type withPointer struct {
+	*base
+	Count int
+}
+
+// What follows is fine.
+
+type alone struct{ time.Time }
+
+type wholeOwn struct {
+	time.Time
+	hidden int
+}
+
+func (wholeOwn) MarshalJSON() ([]byte, error) { return []byte("{}"), nil }
+func (*wholeOwn) UnmarshalJSON([]byte) error  { return nil }
+
+type Part struct {
+	Name string `json:"name,omitempty"`
+}
+
+type joined struct {
+	base
+	*Part
+	When    time.Time
+	Renamed int `json:"base"`
+	Code    code
+	_       int
+}
+
+type tree struct {
+	Value    int
+	Children []tree
 }
 
 type loose struct{ Any map[string]any }
@@ -64,11 +156,22 @@ func TestDefinition_MistakesAreKept(t *testing.T) {
 		"field not stored": {projection.View("v", projection.On(func(*untagged, opened) {})), `the row's field projection_test.untagged.Cents is tagged json:"-"`},
 		"nested field":     {projection.View("v", projection.On(func(*nested, opened) {})), `projection_test.nested.Parts.inner is unexported`},
 		"loose field":      {projection.View("v", projection.On(func(*loose, opened) {})), `the row's projection_test.loose.Any is the interface interface {}`},
-		"channel":          {projection.View("v", projection.On(func(*chan int, opened) {})), `cannot be stored as JSON`},
-		"sql no handlers":  {projection.SQL("v"), `it has no handlers: add projection.OnSQL`},
-		"sql bad name":     {projection.SQL("v/w", projection.OnSQL(noop)), `projection name "v/w"`},
-		"sql two handlers": {projection.SQL("v", projection.OnSQL(noop), projection.OnSQL(noop)), `event type "account.opened" has two handlers`},
-		"sql nil handler":  {projection.SQL("v", projection.OnSQL[opened](nil)), `the handler of event type "account.opened" is nil`},
+		"embedded time": {projection.View("v", projection.On(func(*dated, opened) {})),
+			`the row's projection_test.dated has MarshalJSON from the embedded time.Time, which would store nothing of the other fields: give the field a name`},
+		"embedded time with a tag": {projection.View("v", projection.On(func(*datedByName, opened) {})), `projection_test.datedByName has MarshalJSON from the embedded time.Time`},
+		"embedded marshaller":      {projection.View("v", projection.On(func(*[]withCode, opened) {})), `projection_test.withCode has MarshalJSON from the embedded projection_test.code`},
+		"embedded twice":           {projection.View("v", projection.On(func(*deeper, opened) {})), `has MarshalJSON from the embedded projection_test.withCode`},
+		"embedded text":            {projection.View("v", projection.On(func(*withAddress, opened) {})), `projection_test.withAddress has MarshalText from the embedded *netip.Addr`},
+		"half a marshaller":        {projection.View("v", projection.On(func(*halfOwn, opened) {})), `projection_test.halfOwn has UnmarshalJSON from the embedded time.Time`},
+		"shadowed field":           {projection.View("v", projection.On(func(*shadowing, opened) {})), `the row's fields projection_test.shadowing.base.Issued and projection_test.shadowing.Issued would both be stored as "Issued"`},
+		"one name twice":           {projection.View("v", projection.On(func(*sameName, opened) {})), `the row's fields projection_test.sameName.A and projection_test.sameName.B would both be stored as "B"`},
+		"embedded number":          {projection.View("v", projection.On(func(*withNumber, opened) {})), `the row's field projection_test.withNumber.number is unexported`},
+		"embedded pointer":         {projection.View("v", projection.On(func(*withPointer, opened) {})), `the row's field projection_test.withPointer.base is unexported`},
+		"channel":                  {projection.View("v", projection.On(func(*chan int, opened) {})), `cannot be stored as JSON`},
+		"sql no handlers":          {projection.SQL("v"), `it has no handlers: add projection.OnSQL`},
+		"sql bad name":             {projection.SQL("v/w", projection.OnSQL(noop)), `projection name "v/w"`},
+		"sql two handlers":         {projection.SQL("v", projection.OnSQL(noop), projection.OnSQL(noop)), `event type "account.opened" has two handlers`},
+		"sql nil handler":          {projection.SQL("v", projection.OnSQL[opened](nil)), `the handler of event type "account.opened" is nil`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			err := c.projection.Err()
@@ -97,6 +200,10 @@ func TestDefinition_AcceptsWhatIsFine(t *testing.T) {
 		projection.On(func(b *balance, e *opened) { b.Owner = e.Owner }),
 		projection.On(func(b *balance, e renamed) { b.Owner = e.Owner }),
 	).Err())
+	require.NoError(t, projection.View("rows", projection.On(func(*alone, opened) {})).Err())
+	require.NoError(t, projection.View("rows", projection.On(func(*wholeOwn, opened) {})).Err())
+	require.NoError(t, projection.View("rows", projection.On(func(*joined, opened) {})).Err())
+	require.NoError(t, projection.View("rows", projection.On(func(*tree, opened) {})).Err())
 	require.NoError(t, projection.View("times", projection.On(func(rows *map[string][]time.Time, e opened) {})).Err())
 }
 

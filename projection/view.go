@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"iter"
 	"reflect"
+	"runtime"
 	"slices"
+	"strings"
 
 	"github.com/deed-go/deed/eventstore"
 )
@@ -15,8 +17,9 @@ import (
 // safe for concurrent use. Read it with package query.
 //
 // Rows are stored as JSON, so every field of R must survive that: a definition
-// whose row has unexported fields or fields tagged json:"-" (and no marshaller
-// of its own) is a mistake that Err returns.
+// whose row has unexported fields, fields tagged json:"-", two fields of one
+// name or the marshaller of a type it embeds (and none of its own) is a mistake
+// that Err returns.
 type ViewDefinition[R any] struct {
 	name     string
 	handlers map[string]*viewHandler[R] // by current event type
@@ -256,6 +259,9 @@ func storableAt(t reflect.Type, path string, seen []reflect.Type) error {
 	if slices.Contains(seen, t) {
 		return nil
 	}
+	if err := lendsMarshaller(t, path); err != nil {
+		return err
+	}
 	pointer := reflect.PointerTo(t)
 	if pointer.Implements(jsonMarshaler) && pointer.Implements(jsonUnmarshaler) ||
 		pointer.Implements(textMarshaler) && pointer.Implements(textUnmarshaler) {
@@ -266,32 +272,113 @@ func storableAt(t reflect.Type, path string, seen []reflect.Type) error {
 	case reflect.Pointer, reflect.Slice, reflect.Array, reflect.Map:
 		return storableAt(t.Elem(), path, seen)
 	case reflect.Struct:
-		for i := range t.NumField() {
-			f := t.Field(i)
-			at := path + "." + f.Name
-			if f.Anonymous && f.Tag.Get("json") == "" {
-				if err := storableAt(f.Type, at, seen); err != nil {
-					return err
-				}
-				continue
-			}
-			if !f.IsExported() {
-				if f.Name == "_" {
-					continue
-				}
-				return fmt.Errorf("%w: the row's field %s is unexported and would not be stored: export it, or give its type MarshalJSON and UnmarshalJSON", eventstore.ErrInvalid, at)
-			}
-			if f.Tag.Get("json") == "-" {
-				return fmt.Errorf("%w: the row's field %s is tagged json:\"-\" and would not be stored", eventstore.ErrInvalid, at)
-			}
-			if err := storableAt(f.Type, at, seen); err != nil {
-				return err
-			}
-		}
+		return storableFields(t, path, seen, map[string]string{})
 	case reflect.Chan, reflect.Func, reflect.UnsafePointer, reflect.Complex64, reflect.Complex128, reflect.Uintptr:
 		return fmt.Errorf("%w: the row's %s is a %s, which cannot be stored as JSON", eventstore.ErrInvalid, path, t)
 	case reflect.Interface:
 		return fmt.Errorf("%w: the row's %s is the interface %s, which does not decode back into what it held: use a concrete type", eventstore.ErrInvalid, path, t)
 	}
 	return nil
+}
+
+// storableFields looks at the fields of a struct, and of those it embeds.
+// paths has the field that is stored under each name.
+func storableFields(t reflect.Type, path string, seen []reflect.Type, paths map[string]string) error {
+	for i := range t.NumField() {
+		f := t.Field(i)
+		at := path + "." + f.Name
+		tag := f.Tag.Get("json")
+		name, _, _ := strings.Cut(tag, ",")
+		if f.Anonymous && name == "" {
+			embedded := f.Type
+			if embedded.Kind() == reflect.Pointer {
+				embedded = embedded.Elem()
+			}
+			if embedded.Kind() == reflect.Struct && (f.IsExported() || f.Type.Kind() == reflect.Struct) {
+				if slices.Contains(seen, embedded) {
+					return fmt.Errorf("%w: the row's field %s embeds %s in itself: give the field a name", eventstore.ErrInvalid, at, embedded)
+				}
+				if err := lendsMarshaller(embedded, at); err != nil {
+					return err
+				}
+				if err := storableFields(embedded, at, append(seen, embedded), paths); err != nil {
+					return err
+				}
+				continue
+			}
+		}
+		if !f.IsExported() {
+			if f.Name == "_" {
+				continue
+			}
+			return fmt.Errorf("%w: the row's field %s is unexported and would not be stored: export it, or give its type MarshalJSON and UnmarshalJSON", eventstore.ErrInvalid, at)
+		}
+		if tag == "-" {
+			return fmt.Errorf("%w: the row's field %s is tagged json:\"-\" and would not be stored", eventstore.ErrInvalid, at)
+		}
+		if name == "" {
+			name = f.Name
+		}
+		if other, taken := paths[name]; taken {
+			return fmt.Errorf("%w: the row's fields %s and %s would both be stored as %q, and one of them lost: give them different names", eventstore.ErrInvalid, other, at, name)
+		}
+		paths[name] = at
+		if err := storableAt(f.Type, at, seen); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lendsMarshaller refuses structs that have a marshaller from a type they
+// embed: it would store that type, and nothing of their other fields.
+func lendsMarshaller(t reflect.Type, path string) error {
+	if t.Kind() != reflect.Struct || t.NumField() < 2 {
+		return nil
+	}
+	for _, names := range [][]string{{"MarshalJSON", "UnmarshalJSON"}, {"MarshalText", "UnmarshalText"}} {
+		own := 0
+		for _, name := range names {
+			switch from, has := lender(t, name); {
+			case from != nil:
+				return fmt.Errorf("%w: the row's %s has %s from the embedded %s, which would store nothing of the other fields: give the field a name, or %s methods MarshalJSON and UnmarshalJSON of its own",
+					eventstore.ErrInvalid, path, name, from, t)
+			case has:
+				own++
+			}
+		}
+		if own == len(names) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// lender returns the embedded type whose method t has; nil if the method is
+// t's own, or it has none.
+func lender(t reflect.Type, name string) (from reflect.Type, has bool) {
+	method, ok := t.MethodByName(name)
+	if !ok {
+		if method, ok = reflect.PointerTo(t).MethodByName(name); !ok {
+			return nil, false
+		}
+	}
+	// The compiler writes the methods that come from embedded types.
+	if file, _ := runtime.FuncForPC(method.Func.Pointer()).FileLine(method.Func.Pointer()); file != "<autogenerated>" {
+		return nil, true
+	}
+	for i := range t.NumField() {
+		f := t.Field(i)
+		if !f.Anonymous {
+			continue
+		}
+		embedded := f.Type
+		if embedded.Kind() != reflect.Pointer && embedded.Kind() != reflect.Interface {
+			embedded = reflect.PointerTo(embedded)
+		}
+		if _, ok := embedded.MethodByName(name); ok {
+			return f.Type, true
+		}
+	}
+	return nil, true
 }
