@@ -176,7 +176,7 @@ func (w *writer) loseUpdates(done []*update) {
 		return
 	}
 	for _, u := range done {
-		u.outcome <- fmt.Errorf("state update: another one that shared its transaction: %w", errRolledBack)
+		u.outcome <- errShared
 	}
 }
 
@@ -198,6 +198,9 @@ type cursor struct{ s *statement }
 // errRolledBack: SQLite ended the transaction, as SQL's OR ROLLBACK and
 // RAISE(ROLLBACK) ask for and as some failures force it to.
 var errRolledBack = errors.New("the transaction was rolled back by a statement: nothing was written")
+
+// errShared: an update that did nothing wrong is to be tried again.
+var errShared = fmt.Errorf("state update: %w: another one shared its transaction: %w", projection.ErrUnavailable, errRolledBack)
 
 var errEnded = errors.New("the transaction has ended: do not keep it beyond its function")
 
@@ -300,15 +303,20 @@ func (s *Store) Release(ctx context.Context, lease projection.Lease) error {
 	return err
 }
 
-// leases runs fn in an update.
+// leases runs fn in an update, again if that was lost because of another one.
 func (s *Store) leases(ctx context.Context, fn func(*conn) error) error {
-	return s.Update(ctx, func(tx projection.StateTx) error {
-		t := tx.(*stateTx)
-		if err := t.usable(); err != nil {
+	for {
+		err := s.Update(ctx, func(tx projection.StateTx) error {
+			t := tx.(*stateTx)
+			if err := t.usable(); err != nil {
+				return err
+			}
+			return fn(t.c)
+		})
+		if !errors.Is(err, errShared) {
 			return err
 		}
-		return fn(t.c)
-	})
+	}
 }
 
 func deadline(now time.Time, ttl time.Duration) time.Time {

@@ -155,6 +155,14 @@ func TestStore_Update_RolledBack(t *testing.T) {
 		}
 		update(func(tx projection.StateTx) error { close(running); <-finish; return tx.Put("shared", "a", nil) })
 		<-running
+		acquired := make(chan error, 1)
+		go func() {
+			_, err := s.Acquire(ctx, "another "+text, "me", 0)
+			acquired <- err
+		}()
+		for s.updates.Len() == 0 {
+			runtime.Gosched()
+		}
 		update(func(tx projection.StateTx) error {
 			err := tx.Put("own", "a", nil)
 			_, ignored := tx.Exec(ctx, text)
@@ -166,7 +174,8 @@ func TestStore_Update_RolledBack(t *testing.T) {
 		update(func(tx projection.StateTx) error { return tx.Put("later", "a", nil) })
 		close(finish)
 		require.ErrorIs(t, <-done[1], errRolledBack, text)
-		require.ErrorIs(t, <-done[0], errRolledBack, "it shared the transaction: %s", text)
+		require.ErrorIs(t, <-done[0], projection.ErrUnavailable, "it shared the transaction: %s", text)
+		require.NoError(t, <-acquired, "a lease is acquired again")
 		require.NoError(t, <-done[2], text)
 		view(func(tx projection.StateTx) {
 			for _, key := range []string{"shared/a", "own/a", "own/b"} {
