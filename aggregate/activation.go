@@ -436,7 +436,7 @@ func (a *activation[S]) written(c *call[S], receipt eventstore.Receipt) {
 			r.Position = receipt.Last - eventstore.Position(len(c.commit.Events)-1-i)
 			if err := a.def.fold(a.runtime.options.Encoding, &a.state, &r); err != nil {
 				// It is written: the next load tells what is wrong with it.
-				a.loaded, a.replay = false, a.hinted
+				a.loaded = false
 			}
 		}
 		if a.loaded && a.snapshotDue(from, c.version) {

@@ -445,10 +445,11 @@ func TestExecute_Panics(t *testing.T) {
 		gated(t, aggregate.Options{}, func(t *testing.T, g *gate, r *aggregate.Runtime) {
 			ends := true
 			ending := aggregate.Define("account", aggregate.OnMeta(func(a *account, e deposited, _ eventstore.Recorded) {
-				if a.Cents += e.Cents; ends {
+				if ends {
 					ends = false
 					runtime.Goexit()
 				}
+				a.Cents += e.Cents
 			}))
 			first := startOf(t, r, ending, on("ann", deposit(1)))
 			g.pass()
