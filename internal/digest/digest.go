@@ -7,6 +7,7 @@ import (
 	"encoding"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math"
 	"reflect"
@@ -50,11 +51,25 @@ func addressable(v reflect.Value) reflect.Value {
 	return copied
 }
 
+// tooDeep is not wrapped on its long way up.
+type tooDeep struct{ at reflect.Type }
+
+func (e *tooDeep) Error() string {
+	return fmt.Sprintf("%s is cyclic, or nested more than %d deep", e.at, deepest)
+}
+
+func within(place string, err error) error {
+	if _, ok := errors.AsType[*tooDeep](err); ok {
+		return err
+	}
+	return fmt.Errorf("%s: %w", place, err)
+}
+
 var timeType = reflect.TypeFor[time.Time]()
 
 func appendValue(b []byte, v reflect.Value, depth int) ([]byte, error) {
 	if depth > deepest {
-		return nil, fmt.Errorf("%s is cyclic, or nested more than %d deep", v.Type(), deepest)
+		return nil, &tooDeep{v.Type()}
 	}
 	if v.Type() == timeType {
 		return appendBytes(append(b, 't'), []byte(v.Interface().(time.Time).UTC().Format(time.RFC3339Nano))), nil
@@ -111,7 +126,7 @@ func appendList(b []byte, v reflect.Value, depth int) (_ []byte, err error) {
 	b = binary.AppendUvarint(append(b, 'l'), uint64(v.Len()))
 	for i := range v.Len() {
 		if b, err = appendValue(b, v.Index(i), depth+1); err != nil {
-			return nil, fmt.Errorf("element %d: %w", i, err)
+			return nil, within(fmt.Sprintf("element %d", i), err)
 		}
 	}
 	return b, nil
@@ -125,7 +140,7 @@ func appendMap(b []byte, v reflect.Value, depth int) ([]byte, error) {
 			entry, err = appendValue(entry, addressable(i.Value()), depth+1)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("entry of a map: %w", err)
+			return nil, within("entry of a map", err)
 		}
 		entries = append(entries, entry)
 	}
@@ -150,7 +165,7 @@ func appendStruct(b []byte, v reflect.Value, depth int) (_ []byte, err error) {
 		}
 		b = appendBytes(append(b, '.'), []byte(f.Name))
 		if b, err = appendValue(b, field, depth+1); err != nil {
-			return nil, fmt.Errorf("field %q: %w", f.Name, err)
+			return nil, within(fmt.Sprintf("field %q", f.Name), err)
 		}
 	}
 	return append(b, '}'), nil
