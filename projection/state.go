@@ -61,7 +61,8 @@ type StateTx interface {
 	// log or position is not that of from.
 	SetCheckpoint(lease Lease, from, to Checkpoint) error
 	// Fence fails with [ErrFenced] if the lease is no longer the current one, for
-	// updates that move no checkpoint.
+	// updates that move no checkpoint. The update then fails whatever its function
+	// returns; so it does after SetCheckpoint and DeleteCheckpoint have failed.
 	Fence(lease Lease) error
 	// DeleteCheckpoint forgets the checkpoint named like the lease, under the same
 	// condition as Fence.
