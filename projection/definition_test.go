@@ -84,7 +84,7 @@ type sameName struct {
 	B int
 }
 
-type number int
+type number int //nolint:unused // it is embedded below
 
 type withNumber struct {
 	number
@@ -156,8 +156,10 @@ func TestDefinition_MistakesAreKept(t *testing.T) {
 		"field not stored": {projection.View("v", projection.On(func(*untagged, opened) {})), `the row's field projection_test.untagged.Cents is tagged json:"-"`},
 		"nested field":     {projection.View("v", projection.On(func(*nested, opened) {})), `projection_test.nested.Parts.inner is unexported`},
 		"loose field":      {projection.View("v", projection.On(func(*loose, opened) {})), `the row's projection_test.loose.Any is the interface interface {}`},
-		"embedded time": {projection.View("v", projection.On(func(*dated, opened) {})),
-			`the row's projection_test.dated has MarshalJSON from the embedded time.Time, which would store nothing of the other fields: give the field a name`},
+		"embedded time": {
+			projection.View("v", projection.On(func(*dated, opened) {})),
+			`the row's projection_test.dated has MarshalJSON from the embedded time.Time, which would store nothing of the other fields: give the field a name`,
+		},
 		"embedded time with a tag": {projection.View("v", projection.On(func(*datedByName, opened) {})), `projection_test.datedByName has MarshalJSON from the embedded time.Time`},
 		"embedded marshaller":      {projection.View("v", projection.On(func(*[]withCode, opened) {})), `projection_test.withCode has MarshalJSON from the embedded projection_test.code`},
 		"embedded twice":           {projection.View("v", projection.On(func(*deeper, opened) {})), `has MarshalJSON from the embedded projection_test.withCode`},

@@ -233,7 +233,8 @@ func TestAtLeast_RebuiltMeanwhile(t *testing.T) {
 			emptied, seen := make(chan struct{}), make(chan struct{})
 			rebuilt := make(chan error, 1)
 			var a *app
-			state := &hookedState{State: store,
+			state := &hookedState{
+				State: store,
 				view: func(ctx context.Context, fn func(projection.StateTx) error) error {
 					if !armed.CompareAndSwap(true, false) {
 						return store.View(ctx, fn)
@@ -251,7 +252,8 @@ func TestAtLeast_RebuiltMeanwhile(t *testing.T) {
 						<-seen
 					}
 					return err
-				}}
+				},
+			}
 			a = startWith(t, store, state, balances)
 			last := a.put(t, "ann", opened{"Ann"})
 			want, err := ask(t.Context(), a, query.AtLeast(last))

@@ -23,5 +23,5 @@ func links(path string) uint64 {
 	if err := unix.Stat(path, &is); err != nil {
 		return 0
 	}
-	return uint64(is.Nlink) // its type differs among systems
+	return uint64(is.Nlink) //nolint:unconvert // its type differs among systems
 }
