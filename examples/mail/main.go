@@ -28,6 +28,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/deed-go/deed"
@@ -66,6 +67,7 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 		defer os.RemoveAll(*dir)
 	}
 
+	stdout = &lines{to: stdout}
 	sink, err := startSink(filepath.Join(*dir, "mailbox"), stdout)
 	if err != nil {
 		return err
@@ -111,6 +113,18 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 		return fmt.Errorf("the mail could not be sent yet, and is tried again after the next start: %s", late[0].Error)
 	}
 	return nil
+}
+
+// lines lets the program and the mailbox print at the same time.
+type lines struct {
+	mu sync.Mutex
+	to io.Writer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.to.Write(p)
 }
 
 // dieHard ends the process as a power cut would: nothing is flushed, nothing
