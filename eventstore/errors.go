@@ -31,6 +31,9 @@ var (
 	ErrDecode = errors.New("cannot decode event")
 	// ErrNewerVersion: the database was written by a newer version of deed.
 	ErrNewerVersion = errors.New("database is newer than this program")
+	// ErrUnavailable: the database cannot be reached, or failed for a reason that is
+	// not the caller's; nothing was written. Trying again later can help.
+	ErrUnavailable = errors.New("the database failed")
 	// ErrInUse: another process has the database open for writing.
 	ErrInUse = errors.New("database is in use by another process")
 )
@@ -80,7 +83,7 @@ func CanRetry(err error) bool {
 	switch {
 	case err == nil:
 		return false
-	case errors.Is(err, ErrConflict), errors.Is(err, ErrOutcomeUnknown):
+	case errors.Is(err, ErrConflict), errors.Is(err, ErrOutcomeUnknown), errors.Is(err, ErrUnavailable):
 		return true
 	case errors.Is(err, ErrKeyReused), errors.Is(err, ErrClosed), errors.Is(err, ErrTooLarge), errors.Is(err, ErrInvalid),
 		errors.Is(err, ErrGap), errors.Is(err, ErrUnknownType), errors.Is(err, ErrDecode),

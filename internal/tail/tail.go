@@ -70,6 +70,19 @@ func (t *Tail) Append(events []eventstore.Recorded) {
 	t.wake()
 }
 
+// Skip moves the head without the events in between, which readers then find
+// in storage, and wakes who waits. What was kept is dropped. It panics when the
+// head would not move forward.
+func (t *Tail) Skip(head eventstore.Position) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if head <= t.head {
+		panic("tail: the head does not move forward")
+	}
+	t.chunks, t.events, t.bytes, t.head = nil, 0, 0, head
+	t.wake()
+}
+
 func (t *Tail) wake() {
 	close(t.grown)
 	t.grown = make(chan struct{})

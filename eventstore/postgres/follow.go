@@ -1,0 +1,473 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"iter"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/tail"
+)
+
+// follower keeps the tail at the head of the log: with what this process has
+// just committed, and with what others have, which it learns of by
+// notifications and, whatever becomes of those, by looking.
+type follower struct {
+	s      *Store
+	tail   *tail.Tail
+	wake   chan struct{}
+	failed atomic.Pointer[error] // why nobody can follow any more
+	done   chan struct{}         // closed with failed set
+
+	followers atomic.Int64 // subscriptions that want the tail to move
+	hint      atomic.Uint64
+	heard     atomic.Bool // a notification has come since the last look by time
+	listening atomic.Bool
+
+	mu sync.Mutex // of appending to the tail
+}
+
+func newFollower(s *Store, t *tail.Tail) *follower {
+	return &follower{s: s, tail: t, wake: make(chan struct{}, 1), done: make(chan struct{})}
+}
+
+func (f *follower) close() { f.tail.Close() }
+
+// committed takes what this process has committed.
+func (f *follower) committed(events []eventstore.Recorded) {
+	f.mu.Lock()
+	head := f.tail.Head()
+	fits := events[0].Position == head+1
+	if fits {
+		f.tail.Append(events)
+	}
+	f.mu.Unlock()
+	if !fits && events[len(events)-1].Position > head {
+		f.expect(events[len(events)-1].Position) // others have written in between
+	}
+}
+
+// expect says that the log has come at least so far.
+func (f *follower) expect(p eventstore.Position) {
+	for {
+		hint := f.hint.Load()
+		if hint >= uint64(p) {
+			break
+		}
+		if f.hint.CompareAndSwap(hint, uint64(p)) {
+			break
+		}
+	}
+	poke(f.wake)
+}
+
+// How often the follower looks at the log. Notifications make looking needless
+// while they come; that they do is checked by looking now and then.
+const (
+	shortestPoll  = 5 * time.Millisecond
+	longestPoll   = 100 * time.Millisecond // without notifications
+	reassurance   = 500 * time.Millisecond // with them
+	followingPage = 1024
+)
+
+func (f *follower) run() {
+	interval := shortestPoll
+	deaf := false // notifications are not what they should be
+	timer := time.NewTimer(interval)
+	defer timer.Stop()
+	for {
+		waited := false
+		select {
+		case <-f.wake:
+		case <-timer.C:
+			waited = true
+		case <-f.s.closing:
+			return
+		}
+		if f.followers.Load() == 0 {
+			timer.Reset(longestPoll)
+			continue
+		}
+		if !waited && eventstore.Position(f.hint.Load()) <= f.tail.Head() {
+			continue
+		}
+		if waited {
+			f.s.meter.polls.Add(1)
+		}
+		moved, err := f.catchUp()
+		if err != nil {
+			if f.s.closed() {
+				return
+			}
+			if !transient(err) {
+				f.fail(err)
+				return
+			}
+			interval = min(max(2*interval, 10*time.Millisecond), longestPause)
+			timer.Reset(interval)
+			continue
+		}
+		heard := f.heard.Swap(false)
+		switch {
+		case heard:
+			deaf = false
+		case waited && moved && f.listening.Load():
+			deaf = true // it should have been told
+		}
+		switch {
+		case f.listening.Load() && !deaf:
+			interval = reassurance
+		case moved:
+			interval = shortestPoll
+		default:
+			interval = min(2*interval, longestPoll)
+		}
+		timer.Reset(interval)
+	}
+}
+
+// catchUp brings the tail to the head of the log, and reports whether it moved.
+func (f *follower) catchUp() (moved bool, err error) {
+	for {
+		after := f.tail.Head()
+		var found []eventstore.Recorded
+		ctx, cancel := context.WithTimeout(f.s.base, answerTimeout)
+		conn, err := f.s.logs.Acquire(ctx)
+		if err == nil {
+			found, err = f.s.fetch(ctx, conn.Conn(), scanLog(f.s.schema, span{after: after, through: farAway}, followingPage))
+			if err == nil && len(found) == 0 {
+				err = f.notRewound(ctx, conn.Conn(), after)
+			}
+			conn.Release()
+		}
+		cancel()
+		if err != nil {
+			return moved, asLost(err)
+		}
+		if len(found) == 0 {
+			return moved, nil
+		}
+		moved = true
+		if err := contiguous(found, span{after: after, through: found[len(found)-1].Position}, false); err != nil {
+			return moved, err
+		}
+		if len(found) == followingPage {
+			// Far behind: those who want these events read them themselves.
+			head, err := f.head()
+			if err != nil {
+				return moved, err
+			}
+			f.skipTo(head)
+			continue
+		}
+		f.mu.Lock()
+		if head := f.tail.Head(); head >= found[0].Position {
+			found = found[min(uint64(len(found)), uint64(head-found[0].Position+1)):]
+		}
+		f.tail.Append(found)
+		f.mu.Unlock()
+	}
+}
+
+const farAway = eventstore.Position(1<<63 - 1)
+
+func (f *follower) head() (eventstore.Position, error) {
+	ctx, cancel := context.WithTimeout(f.s.base, answerTimeout)
+	defer cancel()
+	conn, err := f.s.logs.Acquire(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer conn.Release()
+	return f.s.readHead(ctx, conn.Conn())
+}
+
+// notRewound fails when the log has lost events that were seen.
+func (f *follower) notRewound(ctx context.Context, conn *pgx.Conn, seen eventstore.Position) error {
+	if seen == 0 {
+		return nil
+	}
+	head, err := f.s.readHead(ctx, conn)
+	if err == nil && head < seen {
+		err = errRewound(head, seen)
+	}
+	return err
+}
+
+func (f *follower) fail(err error) {
+	f.failed.Store(&err)
+	close(f.done)
+}
+
+// listen receives notifications until the store is closed.
+func (f *follower) listen() {
+	pause := firstPause
+	for !f.s.closed() {
+		began := time.Now()
+		_ = f.hear() // whatever it was, the follower polls until it is over
+		f.listening.Store(false)
+		poke(f.wake)
+		if time.Since(began) > time.Minute {
+			pause = firstPause
+		}
+		if !f.s.sleep(f.s.base, pause) {
+			return
+		}
+		pause = min(2*pause, longestPause)
+	}
+}
+
+func (f *follower) hear() error {
+	ctx, cancel := context.WithCancel(f.s.base)
+	defer cancel()
+	stop := context.AfterFunc(f.s.base, cancel)
+	defer stop()
+	go func() {
+		select {
+		case <-f.s.closing:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	conn, err := pgx.ConnectConfig(ctx, f.s.config)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		closing, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_ = conn.Close(closing)
+	}()
+	if _, err := conn.Exec(ctx, "LISTEN "+pgx.Identifier{f.s.channel()}.Sanitize()); err != nil {
+		return err
+	}
+	f.listening.Store(true)
+	poke(f.wake)
+	f.expect(f.tail.Head() + 1) // something may have come before LISTEN
+	for {
+		n, err := conn.WaitForNotification(ctx)
+		if err != nil {
+			return err
+		}
+		position, err := strconv.ParseUint(n.Payload, 10, 64)
+		if err != nil {
+			continue
+		}
+		f.heard.Store(true)
+		if eventstore.Position(position) > f.tail.Head() {
+			f.expect(eventstore.Position(position))
+		}
+	}
+}
+
+// channel names the notifications of the log.
+func (s *Store) channel() string { return "deed_" + s.logID }
+
+// notifier tells other processes that the log has grown: after the commit and
+// outside of its transaction, since a transaction that notifies takes a lock of
+// the whole server when it commits. While one notification is on its way, and
+// for a moment after it, the next ones gather into one.
+type notifier struct {
+	s    *Store
+	head atomic.Uint64
+	wake chan struct{}
+}
+
+// betweenNotifications is the least time from one to the next.
+const betweenNotifications = 2 * time.Millisecond
+
+func newNotifier(s *Store) *notifier { return &notifier{s: s, wake: make(chan struct{}, 1)} }
+
+func (n *notifier) tell(head eventstore.Position) {
+	n.head.Store(uint64(head))
+	poke(n.wake)
+}
+
+func (n *notifier) run() {
+	if n.s.settings.pooled {
+		return // nobody can listen through a pooler
+	}
+	var conn *pgx.Conn
+	hangUp := func() {
+		if conn != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			_ = conn.Close(ctx)
+			conn = nil
+		}
+	}
+	defer hangUp()
+	for {
+		select {
+		case <-n.wake:
+		case <-n.s.base.Done():
+			return
+		}
+		ctx, cancel := context.WithTimeout(n.s.base, connectTimeout)
+		var err error
+		if conn == nil {
+			config := n.s.config.Copy()
+			config.RuntimeParams["synchronous_commit"] = "off" // a notification is not worth a sync
+			conn, err = pgx.ConnectConfig(ctx, config)
+			if err != nil {
+				conn = nil
+			}
+		}
+		if err == nil {
+			_, err = conn.Exec(ctx, n.s.texts.notify, n.s.channel(), strconv.FormatUint(n.head.Load(), 10))
+		}
+		cancel()
+		pause := betweenNotifications
+		if err != nil {
+			hangUp()
+			pause = longestPoll // those who wait are polling
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-n.s.base.Done():
+			timer.Stop()
+			return
+		}
+	}
+}
+
+// Subscribe implements eventstore.Store. Whoever keeps up is served from
+// memory: right after the commit for events of this process, and as soon as the
+// process has heard of them for those of others. Whoever falls behind reads
+// pages until it has caught up. While the database cannot be reached
+// subscriptions wait, and then go on where they were.
+func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventstore.Position) iter.Seq2[eventstore.Batch, error] {
+	return func(yield func(eventstore.Batch, error) bool) {
+		fail := func(err error) { yield(eventstore.Batch{}, err) }
+		if err := q.Validate(); err != nil {
+			fail(err)
+			return
+		}
+		f := s.follower
+		f.followers.Add(1)
+		defer f.followers.Add(-1)
+		if err := s.lookAhead(ctx); err != nil {
+			fail(err)
+			return
+		}
+		for first := true; ; {
+			if err := ctx.Err(); err != nil {
+				fail(err)
+				return
+			}
+			now := f.tail.Since(after)
+			failure := f.failed.Load()
+			switch {
+			case now.Closed || s.closed():
+				fail(eventstore.ErrClosed)
+				return
+			case failure != nil:
+				fail(*failure)
+				return
+			case now.Head < after, now.Head == after && !first:
+				first = false
+				select {
+				case <-now.Grown:
+				case <-f.done:
+				case <-s.closing:
+				case <-ctx.Done():
+				}
+				continue
+			}
+			var batch eventstore.Batch
+			switch {
+			case now.Head == after:
+				batch.Through = after
+			case now.Complete:
+				batch = fromTail(q, now.Events)
+			default:
+				p, err := s.pageThrough(ctx, q, span{after: after, through: now.Head})
+				if err != nil {
+					fail(err)
+					return
+				}
+				batch = eventstore.Batch{Events: p.events, Through: p.reached}
+				if p.done {
+					batch.Through = now.Head
+				}
+			}
+			batch.CaughtUp = batch.Through == now.Head
+			after, first = batch.Through, false
+			if !yield(batch, nil) {
+				return
+			}
+		}
+	}
+}
+
+// lookAhead moves the tail to the head, which nobody may have followed so far.
+func (s *Store) lookAhead(ctx context.Context) error {
+	var head eventstore.Position
+	for {
+		var err error
+		if head, err = s.Head(ctx); err == nil {
+			break
+		}
+		if !errors.Is(err, eventstore.ErrUnavailable) {
+			return err
+		}
+	}
+	if head > s.follower.tail.Head() {
+		s.follower.expect(head)
+		s.follower.skipTo(head)
+	}
+	return nil
+}
+
+// skipTo moves the tail to the head without the events in between, unless it
+// has got there by itself.
+func (f *follower) skipTo(head eventstore.Position) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if head > f.tail.Head() {
+		f.tail.Skip(head)
+	}
+}
+
+// pageThrough reads a page for a subscription, however long the database takes
+// to answer.
+func (s *Store) pageThrough(ctx context.Context, q eventstore.Query, at span) (page, error) {
+	for {
+		var p page
+		err := s.enter(ctx)
+		if err == nil {
+			err = s.reading(ctx, "read events", func(conn *pgx.Conn) (err error) {
+				p, err = s.page(ctx, conn, q, at, pageSize)
+				return err
+			})
+			s.leave()
+		}
+		if !errors.Is(err, eventstore.ErrUnavailable) {
+			return p, err
+		}
+	}
+}
+
+// fromTail picks up to a page of matches; the events follow the position.
+func fromTail(q eventstore.Query, batches [][]eventstore.Recorded) eventstore.Batch {
+	var out eventstore.Batch
+	for _, events := range batches {
+		for i := range events {
+			if q.Matches(&events[i]) {
+				out.Events = append(out.Events, events[i])
+			}
+			out.Through = events[i].Position
+			if len(out.Events) == pageSize {
+				return out
+			}
+		}
+	}
+	return out
+}

@@ -1,0 +1,104 @@
+package postgres
+
+import (
+	"context"
+	"maps"
+	"slices"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// kind is an event type within a category.
+type kind struct{ category, eventType string }
+
+// kinds are those of the log. Once shared it is not changed. They are made
+// before the first event that has them, so whoever reads an event finds its
+// kind in the database.
+type kinds struct {
+	byID map[int32]kind
+	id   map[kind]int32
+}
+
+// matching returns the ids of the kinds that fit the item, in order.
+func (k *kinds) matching(item *eventstore.Item) []int32 {
+	var ids []int32
+	if item.Category != "" && len(item.Types) > 0 {
+		for _, t := range item.Types {
+			if id, ok := k.id[kind{item.Category, t}]; ok {
+				ids = append(ids, id)
+			}
+		}
+		slices.Sort(ids)
+		return slices.Compact(ids) // a type may be named twice
+	}
+	types := make(map[string]bool, len(item.Types))
+	for _, t := range item.Types {
+		types[t] = true
+	}
+	for id, name := range k.byID {
+		if (item.Category == "" || item.Category == name.category) && (len(types) == 0 || types[name.eventType]) {
+			ids = append(ids, id)
+		}
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// readKinds reads all kinds.
+func (s *Store) readKinds(ctx context.Context, conn *pgx.Conn) (*kinds, error) {
+	rows, err := conn.Query(ctx, "SELECT id, category, type FROM "+s.schema+".kinds")
+	if err != nil {
+		return nil, unavailable("read the kinds of events", err)
+	}
+	defer rows.Close()
+	known := &kinds{byID: map[int32]kind{}, id: map[kind]int32{}}
+	for rows.Next() {
+		var id int32
+		var name kind
+		if err := rows.Scan(&id, &name.category, &name.eventType); err != nil {
+			return nil, unavailable("read the kinds of events", err)
+		}
+		known.byID[id], known.id[name] = name, id
+	}
+	return known, unavailable("read the kinds of events", rows.Err())
+}
+
+// learn publishes kinds that were read from the database.
+func (s *Store) learn(ctx context.Context, conn *pgx.Conn) error {
+	read, err := s.readKinds(ctx, conn)
+	if err != nil {
+		return err
+	}
+	for {
+		known := s.kinds.Load()
+		merged := &kinds{byID: maps.Clone(known.byID), id: maps.Clone(known.id)}
+		maps.Copy(merged.byID, read.byID)
+		maps.Copy(merged.id, read.id)
+		if s.kinds.CompareAndSwap(known, merged) {
+			return nil
+		}
+	}
+}
+
+// makeKinds makes the kinds that are not known, in a transaction of their own:
+// one that no event will have does no harm.
+func (s *Store) makeKinds(ctx context.Context, conn *pgx.Conn, missing map[kind]bool) error {
+	if len(missing) == 0 {
+		return nil
+	}
+	var categories, types []string
+	for name := range missing {
+		categories, types = append(categories, name.category), append(types, name.eventType)
+	}
+	// Those that are there already would use up numbers if they were inserted.
+	_, err := conn.Exec(ctx, `INSERT INTO `+s.schema+`.kinds (category, type)
+		SELECT n.category, n.type FROM unnest($1::text[], $2::text[]) AS n (category, type)
+		WHERE NOT EXISTS (SELECT FROM `+s.schema+`.kinds k WHERE k.category = n.category AND k.type = n.type)
+		ORDER BY n.category, n.type ON CONFLICT DO NOTHING`, categories, types)
+	if err != nil {
+		return err
+	}
+	return s.learn(ctx, conn)
+}

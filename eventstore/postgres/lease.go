@@ -1,0 +1,215 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/deed-go/deed/projection"
+)
+
+// members keeps this process known as living, for the leases that it holds
+// until they are released: a heartbeat by the database's clock.
+type members struct {
+	mu      sync.Mutex
+	id      uuid.UUID
+	joined  bool
+	left    bool
+	leaving chan struct{}
+	done    chan struct{}
+}
+
+// join makes the process a member, once.
+func (m *members) join(ctx context.Context, s *Store) (uuid.UUID, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.joined {
+		return m.id, nil
+	}
+	if m.id == uuid.Nil {
+		m.id = newID()
+	}
+	if err := m.beat(ctx, s); err != nil {
+		return m.id, err
+	}
+	m.joined = true
+	m.leaving, m.done = make(chan struct{}), make(chan struct{})
+	go m.live(s)
+	return m.id, nil
+}
+
+func (m *members) beat(ctx context.Context, s *Store) error {
+	_, err := s.pool.Exec(ctx, `INSERT INTO `+s.schema+`.members (id, until) VALUES ($1, clock_timestamp() + $2 * interval '1 microsecond')
+		ON CONFLICT (id) DO UPDATE SET until = excluded.until`, m.id, s.settings.leaseTTL.Microseconds())
+	return err
+}
+
+// live sends heartbeats until the process leaves.
+func (m *members) live(s *Store) {
+	defer close(m.done)
+	interval := s.settings.leaseTTL / 3
+	timer := time.NewTimer(interval)
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+		case <-m.leaving:
+			return
+		}
+		ctx, cancel := context.WithTimeout(s.base, interval)
+		err := m.beat(ctx, s)
+		if err == nil {
+			// Processes that ended without a word are forgotten in the end.
+			_, _ = s.pool.Exec(ctx, `DELETE FROM `+s.schema+`.members m WHERE m.until < clock_timestamp() - interval '1 day'`)
+		}
+		cancel()
+		if err != nil {
+			timer.Reset(interval / 10) // what is lost by a missed beat is time, not safety: the epoch decides
+		} else {
+			timer.Reset(interval)
+		}
+	}
+}
+
+// leave gives up all leases of the process that do not end by time.
+func (m *members) leave(s *Store) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.joined || m.left {
+		return
+	}
+	m.left = true
+	close(m.leaving)
+	<-m.done
+	ctx, cancel := context.WithTimeout(s.base, closingPatience)
+	defer cancel()
+	_, _ = s.pool.Exec(ctx, `DELETE FROM `+s.schema+`.members WHERE id = $1`, m.id)
+}
+
+// Acquire implements projection.State. Leases end by the database's clock; one
+// without an end is held as long as this process lives, which it says every
+// few seconds: ten seconds after its last word others can have it.
+func (s *Store) Acquire(ctx context.Context, name, owner string, ttl time.Duration) (projection.Lease, error) {
+	lease := projection.Lease{Name: name, Owner: owner}
+	if err := s.enter(ctx); err != nil {
+		return projection.Lease{}, err
+	}
+	defer s.leave()
+	err := s.trying(ctx, fmt.Sprintf("acquire the lease %q", name), func() error {
+		var member *uuid.UUID
+		if ttl <= 0 {
+			id, err := s.members.join(ctx, s)
+			if err != nil {
+				return err
+			}
+			member = &id
+		}
+		var epoch int64
+		var until *time.Time
+		err := s.pool.QueryRow(ctx, `INSERT INTO `+s.schema+`.leases AS l (name, owner, epoch, held, until, member)
+			VALUES ($1, $2, 1, true, clock_timestamp() + $3::bigint * interval '1 microsecond', $4)
+			ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, epoch = l.epoch + 1, held = true, until = excluded.until, member = excluded.member
+			WHERE NOT l.held OR l.owner = excluded.owner OR l.until <= clock_timestamp()
+			   OR l.until IS NULL AND NOT EXISTS (SELECT FROM `+s.schema+`.members m WHERE m.id = l.member AND m.until > clock_timestamp())
+			RETURNING epoch, until`, name, owner, deadlineText(ttl), member).Scan(&epoch, &until)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return s.held(ctx, name)
+		}
+		if err != nil {
+			return err
+		}
+		lease.Epoch = uint64(epoch)
+		if until != nil {
+			lease.Until = until.UTC()
+		}
+		return nil
+	})
+	if err != nil {
+		return projection.Lease{}, err
+	}
+	return lease, nil
+}
+
+// held says who has the lease.
+func (s *Store) held(ctx context.Context, name string) error {
+	var owner string
+	var until *time.Time
+	if err := s.pool.QueryRow(ctx, "SELECT owner, until FROM "+s.schema+".leases WHERE name = $1", name).Scan(&owner, &until); err != nil {
+		return err
+	}
+	text := "it is released, or its process has ended"
+	if until != nil {
+		text = until.UTC().Format(time.RFC3339Nano)
+	}
+	return &settledError{fmt.Errorf("%w: %q is held by %q until %s", projection.ErrLeaseHeld, name, owner, text)}
+}
+
+// settledError is an answer, which is not to be asked for again.
+type settledError struct{ error }
+
+func (e *settledError) Unwrap() error { return e.error }
+
+// Renew implements projection.State.
+func (s *Store) Renew(ctx context.Context, lease projection.Lease, ttl time.Duration) (projection.Lease, error) {
+	if err := s.enter(ctx); err != nil {
+		return projection.Lease{}, err
+	}
+	defer s.leave()
+	err := s.trying(ctx, fmt.Sprintf("renew the lease %q", lease.Name), func() error {
+		var member *uuid.UUID
+		if ttl <= 0 {
+			id, err := s.members.join(ctx, s)
+			if err != nil {
+				return err
+			}
+			member = &id
+		}
+		var until *time.Time
+		err := s.pool.QueryRow(ctx, `UPDATE `+s.schema+`.leases SET held = true, until = clock_timestamp() + $4::bigint * interval '1 microsecond', member = $5
+			WHERE name = $1 AND owner = $2 AND epoch = $3 RETURNING until`, lease.Name, lease.Owner, int64(lease.Epoch), deadlineText(ttl), member).Scan(&until)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return s.lost(ctx, lease)
+		}
+		if err != nil {
+			return err
+		}
+		lease.Until = time.Time{}
+		if until != nil {
+			lease.Until = until.UTC()
+		}
+		return nil
+	})
+	if err != nil {
+		return projection.Lease{}, err
+	}
+	return lease, nil
+}
+
+// lost says who has the lease instead.
+func (s *Store) lost(ctx context.Context, lease projection.Lease) error {
+	var now projection.Lease
+	var epoch int64
+	err := s.pool.QueryRow(ctx, "SELECT owner, epoch FROM "+s.schema+".leases WHERE name = $1", lease.Name).Scan(&now.Owner, &epoch)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return err
+	}
+	now.Epoch = uint64(epoch)
+	return &settledError{current(now, lease)}
+}
+
+// Release implements projection.State.
+func (s *Store) Release(ctx context.Context, lease projection.Lease) error {
+	if err := s.enter(ctx); err != nil {
+		return err
+	}
+	defer s.leave()
+	return s.trying(ctx, fmt.Sprintf("release the lease %q", lease.Name), func() error {
+		_, err := s.pool.Exec(ctx, "UPDATE "+s.schema+".leases SET held = false WHERE name = $1 AND owner = $2 AND epoch = $3", lease.Name, lease.Owner, int64(lease.Epoch))
+		return err
+	})
+}

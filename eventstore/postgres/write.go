@@ -1,0 +1,598 @@
+package postgres
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
+	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// form is how a batch is written. All forms take the same lock and keep the
+// same promises.
+type form uint8
+
+const (
+	// formCopy sends everything in one message: take the lock, check that the log
+	// ends where the ledger does, COPY. The fastest, as long as nobody else writes.
+	formCopy form = iota + 1
+	// formFunction calls one function, which moves the batch behind what others
+	// have written, if that does not concern it. The server takes the lock only
+	// when it has the whole message, and gives it up without hearing from the
+	// client again.
+	formFunction
+	// formTwoTrips takes the lock and asks what others have written, judges on
+	// that, and then sends the COPY and the COMMIT. It always gets ahead, and
+	// holds the lock over a round trip.
+	formTwoTrips
+)
+
+// String names the form in metrics.
+func (f form) String() string {
+	switch f {
+	case formCopy:
+		return "copy"
+	case formFunction:
+		return "function"
+	case formTwoTrips:
+		return "two_trips"
+	}
+	return "unknown"
+}
+
+const (
+	// calmEnough batches in a row that nobody else wrote between are taken to mean
+	// that nobody does.
+	calmEnough = 3
+	// manyEvents make the second trip worth while, when others write.
+	manyEvents = 200
+	// fewTries is how often a batch is judged anew because of others before it
+	// takes the lock first.
+	fewTries = 2
+)
+
+// choose picks the form.
+func (c *committer) choose(b *batch) form {
+	if choice := c.s.settings.forms; choice != nil {
+		return choice(b)
+	}
+	switch {
+	case b.anchored, b.restless >= fewTries:
+		return formTwoTrips
+	case c.s.settings.pooled:
+		return formFunction
+	case c.calm >= calmEnough:
+		return formCopy
+	case len(b.recorded) >= manyEvents:
+		return formTwoTrips
+	}
+	return formFunction
+}
+
+// landing tells where a batch was written.
+type landing struct {
+	form  form
+	head  eventstore.Position // of the log before the batch
+	delta []foreign           // what others had written behind the ledger
+	// foreign says that somebody else has written since the batch before.
+	foreign bool
+	wait    time.Duration // for the lock
+	hold    time.Duration // of the lock, at most
+}
+
+// write writes the winners. Without a landing and an error nothing was
+// written, and the ledger has learned why.
+func (c *committer) write(b *batch, how form) (*landing, error) {
+	var done *landing
+	var err error
+	switch how {
+	case formCopy:
+		done, err = c.copyAt(b)
+	case formFunction:
+		done, err = c.call(b)
+	default:
+		done, err = c.twoTrips(b)
+	}
+	if done != nil {
+		done.form = how
+		if done.foreign {
+			c.calm = 0
+		} else {
+			c.calm++
+		}
+		return done, nil
+	}
+	c.calm = 0
+	switch code(err) {
+	case "":
+		if err == nil {
+			b.restless++
+		}
+		return nil, err
+	case codeStale:
+		b.restless++
+		return nil, c.lookup(b, &questions{refresh: true})
+	case codeRewound:
+		return nil, fmt.Errorf("%w: %w", eventstore.ErrGap, err)
+	case codeIsolation:
+		return nil, fmt.Errorf("%w: %w", eventstore.ErrInvalid, err)
+	case "23505":
+		// Something that was taken for new is not: a stream, a key, or a position,
+		// where somebody writes without the lock.
+		c.s.meter.collided()
+		b.careful, b.looked = true, answers{}
+		if b.collisions++; b.collisions > mostCollisions {
+			return nil, fmt.Errorf("%w: %w", eventstore.ErrUnavailable, err)
+		}
+		return nil, c.lookup(b, &questions{refresh: true})
+	case "55P03":
+		c.s.unblock(c.conn)
+	}
+	return nil, err
+}
+
+// mostCollisions ends a batch that meets the same wall again and again.
+const mostCollisions = 100
+
+// answered reports whether the server has said that nothing was written.
+func answered(err error) bool {
+	answer, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && answer.Severity == "ERROR"
+}
+
+// fillCopy appends the COPY messages of the batch, and their statements to the
+// text.
+func (c *committer) fillCopy(b *batch, text *strings.Builder, to []byte) []byte {
+	known := c.s.kinds.Load()
+	text.WriteString(c.s.texts.copyEvents)
+	to = appendCopy(to, func(to []byte) []byte {
+		for _, e := range b.winners {
+			for i := range e.commit.Events {
+				r := &b.recorded[e.base+i]
+				row := e.row(i)
+				setRow(row, uint64(r.Position), r.Version, known.id[kind{r.Stream.Category, r.Type}])
+			}
+			to = append(to, e.rows...)
+		}
+		return to
+	})
+	if b.tags > 0 {
+		text.WriteString(c.s.texts.copyTags)
+		to = appendCopy(to, func(to []byte) []byte {
+			for i := range b.recorded {
+				r := &b.recorded[i]
+				for _, tag := range r.Tags {
+					to = appendInt16(to, 3)
+					to = fieldText(to, tag)
+					to = fieldInt64(to, int64(r.Position))
+					to = fieldInt32(to, known.id[kind{r.Stream.Category, r.Type}])
+				}
+			}
+			return to
+		})
+	}
+	if b.keys > 0 {
+		text.WriteString(c.s.texts.copyKeys)
+		to = appendCopy(to, func(to []byte) []byte {
+			for _, e := range b.winners {
+				if e.commit.Key == "" {
+					continue
+				}
+				to = appendInt16(to, 4)
+				to = fieldText(to, e.commit.Key)
+				to = fieldText(to, e.commit.Fingerprint)
+				to = fieldInt64(to, int64(e.receipt.First))
+				to = fieldInt64(to, int64(e.receipt.Last))
+			}
+			return to
+		})
+	}
+	return to
+}
+
+// copyAt writes the batch in one message.
+func (c *committer) copyAt(b *batch) (*landing, error) {
+	var text strings.Builder
+	fmt.Fprintf(&text, c.s.texts.lockAt, c.s.lock, int64(c.l.known))
+	data := c.fillCopy(b, &text, c.empty())
+	b.trying()
+	answer, err := c.exchange(text.String(), data)
+	c.buffer = data[:0]
+	if err != nil {
+		if answered(err) {
+			b.refused()
+		}
+		return nil, err
+	}
+	return &landing{head: c.l.known, wait: answer.wait, hold: answer.hold}, nil
+}
+
+// empty returns the buffer; a large one is not kept.
+func (c *committer) empty() []byte {
+	if cap(c.buffer) > 8<<20 {
+		c.buffer = nil
+	}
+	return c.buffer[:0]
+}
+
+// exchanged is what came back for a message.
+type exchanged struct {
+	wait, hold time.Duration
+}
+
+// exchange sends a query and the data that its COPY statements will ask for,
+// without waiting to be asked, and reads the answers. When a statement fails,
+// the server skips the rest of the query and the data.
+func (c *committer) exchange(text string, data []byte) (exchanged, error) {
+	var out exchanged
+	conn := c.conn.PgConn()
+	began := time.Now()
+	deadline := began.Add(answerTimeout)
+	if err := conn.Conn().SetDeadline(deadline); err != nil {
+		return out, err
+	}
+	message := append(appendQuery(make([]byte, 0, len(text)+6+len(data)), text), data...)
+	if _, err := conn.Conn().Write(message); err != nil {
+		c.hangUp()
+		return out, err
+	}
+	if sent := c.s.settings.sent; sent != nil {
+		sent()
+	}
+	var failure error
+	locked := began
+	for {
+		answer, err := conn.ReceiveMessage(context.Background())
+		if err != nil {
+			if failure == nil {
+				failure = err
+			}
+			c.hangUp()
+			return out, failure
+		}
+		switch m := answer.(type) {
+		case *pgproto3.DataRow:
+			// The only rows are those of the lock: how long it took, as text.
+			if len(m.Values) == 1 {
+				var waited int64
+				_, _ = fmt.Sscan(string(m.Values[0]), &waited)
+				out.wait = time.Duration(waited) * time.Microsecond
+				locked = time.Now()
+			}
+		case *pgproto3.ErrorResponse:
+			if failure == nil {
+				failure = pgconn.ErrorResponseToPgError(m)
+			}
+		case *pgproto3.ReadyForQuery:
+			out.hold = time.Since(locked)
+			if err := conn.Conn().SetDeadline(time.Time{}); err != nil && failure == nil {
+				failure = err
+			}
+			return out, failure
+		}
+	}
+}
+
+// call writes the batch by one call of the function.
+func (c *committer) call(b *batch) (*landing, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.s.base), answerTimeout)
+	defer cancel()
+	began := time.Now()
+	b.trying()
+	result, err := c.s.callAppend(ctx, c.conn, b, c.l.known, func() {
+		if sent := c.s.settings.sent; sent != nil {
+			sent()
+		}
+	})
+	if err != nil {
+		if answered(err) {
+			b.refused()
+		} else {
+			c.hangUp()
+		}
+		return nil, asLost(err)
+	}
+	if !result.written {
+		b.refused()
+	}
+	if result.more {
+		// More was written than is worth reading: begin anew at the head.
+		return nil, c.lookup(b, &questions{refresh: true})
+	}
+	if err := c.knowKinds(ctx, result.delta); err != nil {
+		return nil, err
+	}
+	if !result.written {
+		before := c.l.known
+		b.forgetKeys()
+		if err := c.s.enterForeign(c.l, result.delta); err != nil {
+			return nil, err
+		}
+		b.fresh = true
+		return nil, c.recover(ctx, b, before)
+	}
+	done := &landing{head: result.head, delta: result.delta, foreign: len(result.delta) > 0, wait: result.wait}
+	done.hold = max(0, time.Since(began)-result.wait)
+	return done, nil
+}
+
+// knowKinds learns the kinds that others have made.
+func (c *committer) knowKinds(ctx context.Context, delta []foreign) error {
+	known := c.s.kinds.Load()
+	for i := range delta {
+		if _, ok := known.byID[delta[i].kind]; !ok {
+			return c.s.learn(ctx, c.conn)
+		}
+	}
+	return nil
+}
+
+// called is what the function has to say.
+type called struct {
+	head    eventstore.Position
+	written bool
+	more    bool // the delta was too long
+	delta   []foreign
+	wait    time.Duration
+}
+
+// callAppend calls the function append_events for what was judged on the log
+// up to known.
+func (s *Store) callAppend(ctx context.Context, conn *pgx.Conn, b *batch, known eventstore.Position, sent func()) (called, error) {
+	values, oids := s.arguments(b, known)
+	formats := make([]int16, len(values))
+	for i := range formats {
+		formats[i] = pgx.BinaryFormatCode
+	}
+	var reader *pgconn.ResultReader
+	if s.settings.pooled {
+		reader = conn.PgConn().ExecParams(ctx, s.texts.appendEvents, values, oids, formats, binaryFormat)
+	} else {
+		description, err := conn.Prepare(ctx, "append", s.texts.appendEvents)
+		if err != nil {
+			return called{}, err
+		}
+		reader = conn.PgConn().ExecPrepared(ctx, description.Name, values, formats, binaryFormat)
+	}
+	sent()
+	var out called
+	var failed error
+	first := true
+	for reader.NextRow() {
+		row := reader.Values()
+		if first {
+			first = false
+			out.head = eventstore.Position(binary.BigEndian.Uint64(row[0]))
+			out.written = binary.BigEndian.Uint64(row[1]) == 1
+			out.wait = time.Duration(binary.BigEndian.Uint32(row[2])) * time.Microsecond
+			continue
+		}
+		f := foreign{
+			position: eventstore.Position(binary.BigEndian.Uint64(row[0])), version: binary.BigEndian.Uint64(row[1]),
+			kind: int32(binary.BigEndian.Uint32(row[2])), stream: string(row[4]),
+		}
+		copy(f.id[:], row[3])
+		if f.tags, failed = decodeTexts(row[5]); failed != nil {
+			break
+		}
+		out.delta = append(out.delta, f)
+	}
+	if _, err := reader.Close(); err != nil {
+		return out, err
+	}
+	if failed == nil && first {
+		failed = errors.New("append_events returned nothing: the schema was changed")
+	}
+	out.more = out.head > known && len(out.delta) == 0
+	return out, failed
+}
+
+// arguments are those of append_events, in order.
+func (s *Store) arguments(b *batch, known eventstore.Position) (values [][]byte, oids []uint32) {
+	add := func(oid uint32, value []byte) {
+		values, oids = append(values, value), append(oids, oid)
+	}
+	add(pgtype.Int8OID, appendInt64(nil, s.lock))
+	add(pgtype.Int8OID, appendInt64(nil, int64(known)))
+	add(pgtype.Int4OID, appendInt32(nil, mostDelta))
+
+	// What the batch relies on: the streams it writes or has conditions on, and
+	// the queries of its conditions.
+	seen := map[eventstore.Stream]bool{}
+	var streams []string
+	rely := func(name eventstore.Stream) {
+		if !seen[name] {
+			seen[name] = true
+			streams = append(streams, name.String())
+		}
+	}
+	var items []eventstore.Item
+	for _, e := range b.winners {
+		for i := range e.commit.Events {
+			rely(e.commit.Events[i].Stream)
+		}
+		for i := range e.commit.Conditions {
+			k := &e.commit.Conditions[i]
+			switch {
+			case k.Kind != eventstore.ConditionNoneMatch:
+				rely(k.Stream)
+			case k.Query.Everything:
+				items = append(items, eventstore.Item{})
+			default:
+				items = append(items, k.Query.Items...)
+			}
+		}
+	}
+	add(pgtype.TextArrayOID, appendTexts(nil, streams))
+	nullable := func(of func(*eventstore.Item) string) {
+		out := appendArray(nil, pgtype.TextOID, len(items))
+		for i := range items {
+			if text := of(&items[i]); text != "" {
+				out = fieldText(out, text)
+			} else {
+				out = appendInt32(out, null)
+			}
+		}
+		add(pgtype.TextArrayOID, out)
+	}
+	nullable(func(i *eventstore.Item) string {
+		if i.Stream.IsZero() {
+			return ""
+		}
+		return i.Stream.String()
+	})
+	nullable(func(i *eventstore.Item) string { return i.Category })
+	// Names have no control characters, so they can be joined by line feeds.
+	nullable(func(i *eventstore.Item) string { return strings.Join(i.Types, "\n") })
+	nullable(func(i *eventstore.Item) string { return strings.Join(i.Tags, "\n") })
+
+	n := len(b.recorded)
+	ids := s.kinds.Load().id
+	versions, kinds := appendArray(nil, pgtype.Int8OID, n), appendArray(nil, pgtype.Int4OID, n)
+	tags := appendArray(nil, pgtype.TextOID, n)
+	tagTag, tagEvent, tagKind := appendArray(nil, pgtype.TextOID, b.tags), appendArray(nil, pgtype.Int4OID, b.tags), appendArray(nil, pgtype.Int4OID, b.tags)
+	for i := range b.recorded {
+		r := &b.recorded[i]
+		id := ids[kind{r.Stream.Category, r.Type}]
+		versions, kinds = fieldInt64(versions, int64(r.Version)), fieldInt32(kinds, id)
+		if len(r.Tags) == 0 {
+			tags = appendInt32(tags, null)
+		} else {
+			tags = fieldText(tags, strings.Join(r.Tags, "\n"))
+		}
+		for _, tag := range r.Tags {
+			tagTag, tagEvent, tagKind = fieldText(tagTag, tag), fieldInt32(tagEvent, int32(i+1)), fieldInt32(tagKind, id)
+		}
+	}
+	column := func(array, element uint32, field int) {
+		out := appendArray(nil, element, n)
+		for _, e := range b.winners {
+			for i := range e.commit.Events {
+				out = append(out, rowField(e.row(i), field)...)
+			}
+		}
+		add(array, out)
+	}
+	add(pgtype.Int8ArrayOID, versions)
+	add(pgtype.Int4ArrayOID, kinds)
+	column(pgtype.Int2ArrayOID, pgtype.Int2OID, 3)
+	column(pgtype.UUIDArrayOID, pgtype.UUIDOID, 4)
+	column(pgtype.Int8ArrayOID, pgtype.Int8OID, 5)
+	column(pgtype.TextArrayOID, pgtype.TextOID, 6)
+	add(pgtype.TextArrayOID, tags)
+	column(pgtype.TextArrayOID, pgtype.TextOID, 8)
+	column(pgtype.ByteaArrayOID, pgtype.ByteaOID, 9)
+	add(pgtype.TextArrayOID, tagTag)
+	add(pgtype.Int4ArrayOID, tagEvent)
+	add(pgtype.Int4ArrayOID, tagKind)
+
+	keys, prints := appendArray(nil, pgtype.TextOID, b.keys), appendArray(nil, pgtype.ByteaOID, b.keys)
+	first, last := appendArray(nil, pgtype.Int4OID, b.keys), appendArray(nil, pgtype.Int4OID, b.keys)
+	for _, e := range b.winners {
+		if e.commit.Key == "" {
+			continue
+		}
+		keys, prints = fieldText(keys, e.commit.Key), fieldText(prints, e.commit.Fingerprint)
+		first, last = fieldInt32(first, int32(e.base+1)), fieldInt32(last, int32(e.base+len(e.commit.Events)))
+	}
+	add(pgtype.TextArrayOID, keys)
+	add(pgtype.ByteaArrayOID, prints)
+	add(pgtype.Int4ArrayOID, first)
+	add(pgtype.Int4ArrayOID, last)
+	return values, oids
+}
+
+// twoTrips takes the lock and looks, judges again on what it has found, and
+// writes.
+func (c *committer) twoTrips(b *batch) (*landing, error) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.s.base), answerTimeout)
+	defer cancel()
+	began := time.Now()
+	l := &lookup{s: c.s}
+	var waited int64
+	trip := &pgx.Batch{}
+	trip.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
+	trip.Queue("SET LOCAL idle_in_transaction_session_timeout = '5s'")
+	trip.Queue(c.s.texts.lock, c.s.lock).QueryRow(func(row pgx.Row) error { return row.Scan(&waited) })
+	l.queue(trip, c.l.known, &questions{})
+	rollback := func(err error) (*landing, error) {
+		if _, failed := c.conn.Exec(ctx, "ROLLBACK"); failed != nil {
+			c.hangUp()
+			if err == nil {
+				err = failed
+			}
+		}
+		return nil, err
+	}
+	if err := c.conn.SendBatch(ctx, trip).Close(); err != nil {
+		if broken(err) {
+			c.hangUp()
+			return nil, asLost(err)
+		}
+		return rollback(err)
+	}
+	if l.outdated() {
+		if err := c.s.learn(ctx, c.conn); err != nil {
+			return rollback(asLost(err))
+		}
+	}
+	before := c.l.known
+	if err := l.settle(c.l, b, &questions{}); err != nil {
+		return rollback(err)
+	}
+	if err := c.recover(ctx, b, before); err != nil {
+		return rollback(err)
+	}
+	if len(b.entries) == 0 {
+		return rollback(nil)
+	}
+	need, _ := b.judge(c.l)
+	if need.any() {
+		// What is missing can be looked up here and now: nobody else can write.
+		more := &lookup{s: c.s}
+		again := &pgx.Batch{}
+		more.queue(again, c.l.known, &need)
+		err := c.conn.SendBatch(ctx, again).Close()
+		if err == nil {
+			err = more.scan(ctx, c.conn, &need)
+		}
+		if err != nil {
+			if broken(err) {
+				c.hangUp()
+				return nil, asLost(err)
+			}
+			return rollback(err)
+		}
+		if err := more.settle(c.l, b, &need); err != nil {
+			return rollback(err)
+		}
+		if need, _ = b.judge(c.l); need.any() {
+			return rollback(nil)
+		}
+	}
+	if len(b.winners) == 0 {
+		return rollback(nil)
+	}
+	var text strings.Builder
+	data := c.fillCopy(b, &text, c.empty())
+	b.trying()
+	_, err := c.exchange(strings.TrimPrefix(text.String(), ";")+";COMMIT", data)
+	c.buffer = data[:0]
+	if err != nil {
+		if answered(err) {
+			b.refused()
+			return rollback(err)
+		}
+		return nil, err
+	}
+	wait := time.Duration(waited) * time.Microsecond
+	return &landing{head: c.l.known, foreign: c.l.known > before, wait: wait, hold: max(0, time.Since(began)-wait)}, nil
+}
