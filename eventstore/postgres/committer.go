@@ -300,7 +300,7 @@ func (c *committer) written(b *batch, done *landing) {
 		losers = nil // others have written: the next round judges them
 	}
 	for i := range b.recorded {
-		c.l.enter(b.recorded[i])
+		c.l.enter(&b.recorded[i])
 	}
 	b.fresh, b.attempts = true, nil
 	if len(b.later) > 0 {

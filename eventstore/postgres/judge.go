@@ -139,7 +139,13 @@ type match struct{ found, through eventstore.Position }
 func (b *batch) judge(l *ledger) (questions, []*entry) {
 	b.winners, b.losers, b.later, b.recorded = b.winners[:0], b.losers[:0], b.later[:0], nil
 	b.tags, b.keys, b.anchored = 0, 0, false
-	j := judgement{b: b, l: l, heads: map[eventstore.Stream]*tip{}, used: map[string]bool{}}
+	j := judgement{b: b, l: l, heads: make(map[eventstore.Stream]*tip, len(b.entries))}
+	events := 0
+	for _, e := range b.entries {
+		events += len(e.commit.Events)
+		j.queries = j.queries || slices.ContainsFunc(e.commit.Conditions, func(c eventstore.Condition) bool { return c.Kind == eventstore.ConditionNoneMatch })
+	}
+	b.recorded = make([]eventstore.Recorded, 0, events) // kept by the tail
 	var settled []*entry
 	for _, e := range b.entries {
 		e.receipt, e.err = eventstore.Receipt{}, nil
@@ -172,8 +178,10 @@ type judgement struct {
 	l     *ledger
 	need  questions
 	heads map[eventstore.Stream]*tip
-	now   recent // the winners' events
+	now   recent // the winners' events, where there are queries to match them
 	used  map[string]bool
+
+	queries bool // some condition is a query
 }
 
 // tip is the head of a stream with the batch's winners on it.
@@ -355,15 +363,19 @@ func (j *judgement) write(e *entry) {
 			e.receipt.Revisions = append(e.receipt.Revisions, eventstore.StreamRevision{Stream: event.Stream})
 		}
 		e.receipt.Revisions[t.at].Revision = t.revision
-		r := eventstore.Recorded{
+		j.b.recorded = append(j.b.recorded, eventstore.Recorded{
 			ID: event.ID, Stream: event.Stream, Version: t.revision.Version, Position: head,
 			Type: event.Type, Tags: event.Tags, Data: event.Data, Metadata: event.Metadata, Time: event.Time,
-		}
-		j.b.recorded = append(j.b.recorded, r)
+		})
 		j.b.tags += len(event.Tags)
-		j.now.add(r)
+		if j.queries {
+			j.now.add(&j.b.recorded[len(j.b.recorded)-1])
+		}
 	}
 	if c.Key != "" {
+		if j.used == nil {
+			j.used = map[string]bool{}
+		}
 		j.used[c.Key] = true
 		j.b.keys++
 	}

@@ -45,10 +45,9 @@ func (l *ledger) reset(known eventstore.Position, last uuid.UUID) {
 }
 
 // enter adds the event that follows.
-func (l *ledger) enter(e eventstore.Recorded) {
+func (l *ledger) enter(e *eventstore.Recorded) {
 	l.known, l.last = e.Position, e.ID
 	l.heads.Add(e.Stream, streamHead{revision: e.Revision(), last: e.ID})
-	e.Data, e.Metadata = nil, eventstore.Metadata{}
 	l.recent.add(e)
 	l.recent.trim(mostRecent)
 }
@@ -56,16 +55,24 @@ func (l *ledger) enter(e eventstore.Recorded) {
 // recent is a run of events with an index of what they are about.
 type recent struct {
 	from   eventstore.Position // the events after it are here
-	events []eventstore.Recorded
+	events []mark
 	tags   map[string]eventstore.Position // the last event with the tag
 	kinds  map[kind]eventstore.Position   // the last event of the kind
 }
 
-func (r *recent) add(e eventstore.Recorded) {
+// mark is what queries select an event by.
+type mark struct {
+	position eventstore.Position
+	stream   eventstore.Stream
+	typ      string
+	tags     []string
+}
+
+func (r *recent) add(e *eventstore.Recorded) {
 	if r.kinds == nil {
 		r.tags, r.kinds = map[string]eventstore.Position{}, map[kind]eventstore.Position{}
 	}
-	r.events = append(r.events, e)
+	r.events = append(r.events, mark{e.Position, e.Stream, e.Type, e.Tags})
 	r.kinds[kind{e.Stream.Category, e.Type}] = e.Position
 	for _, tag := range e.Tags {
 		r.tags[tag] = e.Position
@@ -80,14 +87,16 @@ func (r *recent) trim(most int) {
 	drop := len(r.events) - most
 	for i := range r.events[:drop] {
 		e := &r.events[i]
-		for _, tag := range e.Tags {
-			if r.tags[tag] == e.Position {
+		for _, tag := range e.tags {
+			if r.tags[tag] == e.position {
 				delete(r.tags, tag)
 			}
 		}
 	}
-	r.from = r.events[drop-1].Position
-	r.events = slices.Clone(r.events[drop:])
+	r.from = r.events[drop-1].position
+	copy(r.events, r.events[drop:])
+	clear(r.events[most:])
+	r.events = r.events[:most]
 }
 
 // firstMatch returns the position of the first event after the position that
@@ -97,12 +106,15 @@ func (r *recent) firstMatch(q eventstore.Query, after eventstore.Position) event
 		return 0
 	}
 	start := 0
-	if first := r.events[0].Position; after >= first {
+	if first := r.events[0].position; after >= first {
 		start = int(after - first + 1)
 	}
+	var event eventstore.Recorded
 	for i := min(start, len(r.events)); i < len(r.events); i++ {
-		if q.Matches(&r.events[i]) {
-			return r.events[i].Position
+		m := &r.events[i]
+		event.Stream, event.Type, event.Tags = m.stream, m.typ, m.tags
+		if q.Matches(&event) {
+			return m.position
 		}
 	}
 	return 0

@@ -231,7 +231,7 @@ func (s *Store) enterForeign(to *ledger, delta []foreign) error {
 		if err != nil {
 			return err
 		}
-		to.enter(eventstore.Recorded{ID: f.id, Stream: stream, Version: f.version, Position: f.position, Type: known.byID[f.kind].eventType, Tags: f.tags})
+		to.enter(&eventstore.Recorded{ID: f.id, Stream: stream, Version: f.version, Position: f.position, Type: known.byID[f.kind].eventType, Tags: f.tags})
 	}
 	return nil
 }

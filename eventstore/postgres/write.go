@@ -148,24 +148,32 @@ func answered(err error) bool {
 	return ok && answer.Severity == "ERROR"
 }
 
-// fillCopy appends the COPY messages of the batch, and their statements to the
-// text.
-func (c *committer) fillCopy(b *batch, text *strings.Builder, to []byte) []byte {
-	known := c.s.kinds.Load()
-	text.WriteString(c.s.texts.copyEvents)
+// copyMessages returns the query that writes the batch, with statements before
+// and after it, and the data that it will ask for.
+func (c *committer) copyMessages(b *batch, before, after string) []byte {
+	known := c.s.kinds.Load().id
+	if cap(c.buffer) > 8<<20 {
+		c.buffer = nil
+	}
+	text := before + c.s.texts.copyEvents
+	if b.tags > 0 {
+		text += c.s.texts.copyTags
+	}
+	if b.keys > 0 {
+		text += c.s.texts.copyKeys
+	}
+	to := appendQuery(c.buffer[:0], text+after)
 	to = appendCopy(to, func(to []byte) []byte {
 		for _, e := range b.winners {
 			for i := range e.commit.Events {
 				r := &b.recorded[e.base+i]
-				row := e.row(i)
-				setRow(row, uint64(r.Position), r.Version, known.id[kind{r.Stream.Category, r.Type}])
+				setRow(e.row(i), uint64(r.Position), r.Version, known[kind{r.Stream.Category, r.Type}])
 			}
 			to = append(to, e.rows...)
 		}
 		return to
 	})
 	if b.tags > 0 {
-		text.WriteString(c.s.texts.copyTags)
 		to = appendCopy(to, func(to []byte) []byte {
 			for i := range b.recorded {
 				r := &b.recorded[i]
@@ -173,14 +181,13 @@ func (c *committer) fillCopy(b *batch, text *strings.Builder, to []byte) []byte 
 					to = appendInt16(to, 3)
 					to = fieldText(to, tag)
 					to = fieldInt64(to, int64(r.Position))
-					to = fieldInt32(to, known.id[kind{r.Stream.Category, r.Type}])
+					to = fieldInt32(to, known[kind{r.Stream.Category, r.Type}])
 				}
 			}
 			return to
 		})
 	}
 	if b.keys > 0 {
-		text.WriteString(c.s.texts.copyKeys)
 		to = appendCopy(to, func(to []byte) []byte {
 			for _, e := range b.winners {
 				if e.commit.Key == "" {
@@ -195,17 +202,15 @@ func (c *committer) fillCopy(b *batch, text *strings.Builder, to []byte) []byte 
 			return to
 		})
 	}
+	c.buffer = to
 	return to
 }
 
 // copyAt writes the batch in one message.
 func (c *committer) copyAt(b *batch) (*landing, error) {
-	var text strings.Builder
-	fmt.Fprintf(&text, c.s.texts.lockAt, c.s.lock, int64(c.l.known))
-	data := c.fillCopy(b, &text, c.empty())
+	text := fmt.Sprintf(c.s.texts.lockAt, c.s.lock, int64(c.l.known))
 	b.trying()
-	answer, err := c.exchange(text.String(), data)
-	c.buffer = data[:0]
+	answer, err := c.exchange(c.copyMessages(b, text, ""))
 	if err != nil {
 		if answered(err) {
 			b.refused()
@@ -215,23 +220,15 @@ func (c *committer) copyAt(b *batch) (*landing, error) {
 	return &landing{head: c.l.known, wait: answer.wait, hold: answer.hold}, nil
 }
 
-// empty returns the buffer; a large one is not kept.
-func (c *committer) empty() []byte {
-	if cap(c.buffer) > 8<<20 {
-		c.buffer = nil
-	}
-	return c.buffer[:0]
-}
-
 // exchanged is what came back for a message.
 type exchanged struct {
 	wait, hold time.Duration
 }
 
-// exchange sends a query and the data that its COPY statements will ask for,
-// without waiting to be asked, and reads the answers. When a statement fails,
-// the server skips the rest of the query and the data.
-func (c *committer) exchange(text string, data []byte) (exchanged, error) {
+// exchange sends a query, with the data that its COPY statements will ask for
+// and without waiting to be asked, and reads the answers. When a statement
+// fails, the server skips the rest of the query and the data.
+func (c *committer) exchange(message []byte) (exchanged, error) {
 	var out exchanged
 	conn := c.conn.PgConn()
 	began := time.Now()
@@ -239,7 +236,6 @@ func (c *committer) exchange(text string, data []byte) (exchanged, error) {
 	if err := conn.Conn().SetDeadline(deadline); err != nil {
 		return out, err
 	}
-	message := append(appendQuery(make([]byte, 0, len(text)+6+len(data)), text), data...)
 	if _, err := conn.Conn().Write(message); err != nil {
 		c.hangUp()
 		return out, err
@@ -581,11 +577,8 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	if len(b.winners) == 0 {
 		return rollback(nil)
 	}
-	var text strings.Builder
-	data := c.fillCopy(b, &text, c.empty())
 	b.trying()
-	_, err := c.exchange(strings.TrimPrefix(text.String(), ";")+";COMMIT", data)
-	c.buffer = data[:0]
+	_, err := c.exchange(c.copyMessages(b, "SELECT", ";COMMIT"))
 	if err != nil {
 		if answered(err) {
 			b.refused()
