@@ -140,7 +140,7 @@ func (f *follower) catchUp() (moved bool, err error) {
 		ctx, cancel := context.WithTimeout(f.s.base, answerTimeout)
 		conn, err := f.s.logs.Acquire(ctx)
 		if err == nil {
-			found, err = f.s.fetch(ctx, conn.Conn(), scanLog(f.s.schema, span{after: after, through: farAway}, followingPage))
+			found, err = f.s.fetch(ctx, conn.Conn(), scanLog(f.s.schema, span{after: after, through: farAway}, followingPage), 16)
 			if err == nil && len(found) == 0 {
 				err = f.notRewound(ctx, conn.Conn(), after)
 			}

@@ -114,12 +114,19 @@ func scanLog(schema string, at span, limit int) statement {
 // positions. Where the range begins at an event of the stream, as after a
 // snapshot, what lies before it is not read.
 func scanStream(schema, stream string, at span, limit int) statement {
-	st := statement{args: []any{stream, int64(at.after), int64(at.through), int64(limit)}, fixed: true}
-	text := "SELECT " + columns + " FROM " + schema + ".events e WHERE e.stream = $1::text AND e.position > $2::bigint AND e.position <= $3::bigint"
+	st := statement{args: []any{stream, int64(limit)}, fixed: true}
+	text := "SELECT " + columns + " FROM " + schema + ".events e WHERE e.stream = $1::text"
+	// The sums keep the planner from taking the index on positions instead.
 	if at.after > 0 {
-		text += " AND e.version > coalesce((SELECT b.version FROM " + schema + ".events b WHERE b.position = $2::bigint AND b.stream = $1::text), 0)"
+		st.args = append(st.args, int64(at.after))
+		n := len(st.args)
+		text += fmt.Sprintf(" AND e.position + 0 > $%d::bigint AND e.version > coalesce((SELECT b.version FROM %s.events b WHERE b.position = $%d::bigint AND b.stream = $1::text), 0)", n, schema, n)
 	}
-	st.text = text + " ORDER BY e.version" + order(at.backward) + " LIMIT $4::bigint"
+	if at.through < farAway {
+		st.args = append(st.args, int64(at.through))
+		text += fmt.Sprintf(" AND e.position + 0 <= $%d::bigint", len(st.args))
+	}
+	st.text = text + " ORDER BY e.version" + order(at.backward) + " LIMIT $2::bigint"
 	return st
 }
 
@@ -140,7 +147,7 @@ func (p *plan) positions(schema string, at span, limit int) statement {
 		st.args = append(st.args, a.args...)
 		switch a.kind {
 		case byStream:
-			fmt.Fprintf(&b, "(SELECT e.position FROM "+schema+".events e WHERE "+a.where+" AND e.position > $1::bigint AND e.position <= $2::bigint ORDER BY e.version"+order(at.backward)+" LIMIT $3::bigint)", numbers...)
+			fmt.Fprintf(&b, "(SELECT e.position FROM "+schema+".events e WHERE "+a.where+" AND e.position + 0 > $1::bigint AND e.position + 0 <= $2::bigint ORDER BY e.version"+order(at.backward)+" LIMIT $3::bigint)", numbers...)
 		case byTag:
 			fmt.Fprintf(&b, "(SELECT t.position FROM "+schema+".tags t WHERE "+a.where+" AND t.position > $1::bigint AND t.position <= $2::bigint ORDER BY t.position"+order(at.backward)+" LIMIT $3::bigint)", numbers...)
 		case byKind:

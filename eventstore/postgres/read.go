@@ -62,7 +62,11 @@ func (s *Store) page(ctx context.Context, conn *pgx.Conn, q eventstore.Query, at
 	if !ok {
 		return page{done: true}, nil
 	}
-	found, err := s.fetch(ctx, conn, st)
+	expected := limit
+	if limit <= pageSize {
+		expected = min(limit, 128)
+	}
+	found, err := s.fetch(ctx, conn, st, expected)
 	if err != nil {
 		return page{}, err
 	}
@@ -125,42 +129,17 @@ const (
 	eventColumns
 )
 
-// fetch runs a statement that reads events. It works on the bytes that the
-// server sends: all rows go into one block, and what the events need of it is
-// cut out of it.
-func (s *Store) fetch(ctx context.Context, conn *pgx.Conn, st statement) ([]eventstore.Recorded, error) {
-	var block, names []byte
-	var ends []int // of the columns in block; -1 for NULL
-	err := s.raw(ctx, conn, st, func(row [][]byte) error {
-		if len(row) != eventColumns {
-			return fmt.Errorf("an event has %d columns, %d expected", len(row), eventColumns)
-		}
-		for i, value := range row {
-			switch {
-			case value == nil:
-				ends = append(ends, -1)
-				continue
-			case i == colStream:
-				names = append(names, value...)
-				ends = append(ends, len(names))
-				continue
-			}
-			block = append(block, value...)
-			ends = append(ends, len(block))
-		}
-		return nil
-	})
-	if err != nil || len(ends) == 0 {
+// fetch runs a statement that reads events, about as many as expected. It
+// works on the bytes that the server sends, and copies what events keep of them
+// into a few large blocks.
+func (s *Store) fetch(ctx context.Context, conn *pgx.Conn, st statement, expected int) ([]eventstore.Recorded, error) {
+	d := decoder{events: make([]eventstore.Recorded, 0, expected), kinds: make([]int32, 0, expected)}
+	if err := s.raw(ctx, conn, st, d.row); err != nil {
 		return nil, err
 	}
 	known := s.kinds.Load()
-	events := make([]eventstore.Recorded, len(ends)/eventColumns)
-	d := decoder{block: block, names: string(names), ends: ends}
-	for i := range events {
-		id, err := d.row(&events[i])
-		if err != nil {
-			return nil, err
-		}
+	for i, id := range d.kinds {
+		e := &d.events[i]
 		name, ok := known.byID[id]
 		if !ok {
 			// Another process has made it.
@@ -169,82 +148,89 @@ func (s *Store) fetch(ctx context.Context, conn *pgx.Conn, st statement) ([]even
 			}
 			known = s.kinds.Load()
 			if name, ok = known.byID[id]; !ok {
-				return nil, fmt.Errorf("read the event at position %d: its kind %d is missing: the database was damaged", events[i].Position, id)
+				return nil, fmt.Errorf("read the event at position %d: its kind %d is missing: the database was damaged", e.Position, id)
 			}
 		}
-		e := &events[i]
-		if len(d.stream) <= len(name.category) || d.stream[:len(name.category)] != name.category {
-			return nil, fmt.Errorf("read the event at position %d: its stream %q is not of category %q: the database was damaged", e.Position, d.stream, name.category)
+		full := e.Stream.ID
+		if len(full) <= len(name.category)+1 || full[:len(name.category)] != name.category || full[len(name.category)] != '-' {
+			return nil, fmt.Errorf("read the event at position %d: its stream %q is not of category %q: the database was damaged", e.Position, full, name.category)
 		}
 		e.Type = name.eventType
-		e.Stream = eventstore.Stream{Category: name.category, ID: d.stream[len(name.category)+1:]}
+		e.Stream = eventstore.Stream{Category: name.category, ID: full[len(name.category)+1:]}
 	}
-	return events, nil
+	return d.events, nil
 }
 
-// decoder cuts rows out of a block.
+// decoder turns rows into events. Their kinds are left open, and their streams
+// have the full name as the id.
 type decoder struct {
-	block  []byte
-	names  string
-	ends   []int
-	at     int // in block
-	name   int // in names
-	column int
-	stream string // of the last row
+	events []eventstore.Recorded
+	kinds  []int32
+	block  []byte // where data is copied to
 
-	metadata []byte // of the row before, and what it meant
+	// Of the row before, which the next one often agrees with.
+	stream   string
+	metadata string
 	meaning  eventstore.Metadata
 }
 
-func (d *decoder) next() []byte {
-	end := d.ends[d.column]
-	d.column++
-	if end < 0 {
+const blockSize = 64 << 10
+
+// keep copies the bytes into a block.
+func (d *decoder) keep(b []byte) []byte {
+	if b == nil {
 		return nil
 	}
-	value := d.block[d.at:end:end]
-	d.at = end
-	return value
-}
-
-func (d *decoder) number() int64 {
-	if b := d.next(); len(b) == 8 {
-		return int64(binary.BigEndian.Uint64(b))
-	}
-	return 0
-}
-
-func (d *decoder) row(e *eventstore.Recorded) (kind int32, err error) {
-	e.Position = eventstore.Position(d.number())
-	fail := func(err error) (int32, error) {
-		return 0, fmt.Errorf("read the event at position %d: %w", e.Position, err)
-	}
-	e.Version = uint64(d.number())
-	if b := d.next(); len(b) == 4 {
-		kind = int32(binary.BigEndian.Uint32(b))
-	}
-	e.Time = time.Unix(0, d.number()).UTC()
-	if copy(e.ID[:], d.next()) != len(e.ID) {
-		return fail(errors.New("its id is no UUID: the database was damaged"))
-	}
-	end := max(d.ends[d.column], d.name)
-	d.column++
-	d.stream, d.name = d.names[d.name:end], end
-	if e.Tags, err = decodeTexts(d.next()); err != nil {
-		return fail(fmt.Errorf("tags: %w", err))
-	}
-	if metadata := d.next(); len(metadata) > 0 {
-		if string(metadata) != string(d.metadata) {
-			d.meaning = eventstore.Metadata{}
-			if err := jsonv1.Unmarshal(metadata, &d.meaning); err != nil {
-				return fail(fmt.Errorf("metadata: %w", err))
-			}
-			d.metadata = metadata
+	if len(b) > cap(d.block)-len(d.block) {
+		if len(b) > blockSize/4 {
+			return append([]byte{}, b...)
 		}
-		e.Metadata = d.meaning
+		size := blockSize
+		if cap(d.block) == 0 {
+			size = blockSize / 8 // most reads are short
+		}
+		d.block = make([]byte, 0, size)
 	}
-	e.Data = d.next()
-	return kind, nil
+	at := len(d.block)
+	d.block = append(d.block, b...)
+	return d.block[at:len(d.block):len(d.block)]
+}
+
+var errShape = errors.New("an event does not have the columns that were asked for: the schema was changed")
+
+func (d *decoder) row(row [][]byte) error {
+	if len(row) != eventColumns || len(row[colPosition]) != 8 || len(row[colVersion]) != 8 || len(row[colKind]) != 4 || len(row[colTime]) != 8 || len(row[colID]) != 16 {
+		return errShape
+	}
+	d.events = append(d.events, eventstore.Recorded{
+		Position: eventstore.Position(binary.BigEndian.Uint64(row[colPosition])),
+		Version:  binary.BigEndian.Uint64(row[colVersion]),
+		Time:     time.Unix(0, int64(binary.BigEndian.Uint64(row[colTime]))).UTC(),
+		Data:     d.keep(row[colData]),
+	})
+	e := &d.events[len(d.events)-1]
+	d.kinds = append(d.kinds, int32(binary.BigEndian.Uint32(row[colKind])))
+	copy(e.ID[:], row[colID])
+	if string(row[colStream]) != d.stream {
+		d.stream = string(row[colStream])
+	}
+	e.Stream.ID = d.stream
+	var err error
+	if e.Tags, err = decodeTexts(row[colTags]); err != nil {
+		return fmt.Errorf("read the event at position %d: tags: %w", e.Position, err)
+	}
+	if len(row[colMetadata]) == 0 {
+		return nil
+	}
+	if string(row[colMetadata]) != d.metadata {
+		d.meaning = eventstore.Metadata{}
+		if err := jsonv1.Unmarshal(row[colMetadata], &d.meaning); err != nil {
+			return fmt.Errorf("read the event at position %d: metadata: %w", e.Position, err)
+		}
+		d.metadata = string(row[colMetadata])
+	}
+	e.Metadata = d.meaning
+	return nil
 }
 
 // raw runs a statement and hands over each row as the bytes that the server
