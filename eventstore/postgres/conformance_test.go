@@ -41,5 +41,5 @@ func TestState(t *testing.T) {
 	statetest.Run(t, func(t testing.TB) statetest.Opener {
 		url := pgtest.Database(t)
 		return func() (statetest.State, error) { return Open(t.Context(), url) }
-	}, statetest.Features{SQL: true, Reopen: true})
+	}, statetest.Features{SQL: true, Reopen: true, Shared: true, ConcurrentUpdates: true})
 }

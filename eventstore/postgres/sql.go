@@ -12,13 +12,26 @@ import (
 	"github.com/deed-go/deed/projection"
 )
 
-// Each statement of the user runs in a savepoint, so that one that fails takes
-// back itself alone, as on the other backends, and not the transaction.
+// A statement of the user that fails takes back itself alone, as on the other
+// backends, and not the transaction: before each there is a savepoint. It is
+// renewed together with the statement, so that most cost one round trip.
 const (
 	savepoint  = "SAVEPOINT deed"
 	release    = "RELEASE SAVEPOINT deed"
-	rollbackTo = "ROLLBACK TO SAVEPOINT deed; RELEASE SAVEPOINT deed"
+	rollbackTo = "ROLLBACK TO SAVEPOINT deed"
 )
+
+// save sets the savepoint, unless it lies right behind all that was done.
+func (t *stateTx) save(ctx context.Context) error {
+	if t.saved {
+		return nil
+	}
+	if _, err := t.tx.Exec(ctx, savepoint); err != nil {
+		return t.broke("set a savepoint", err)
+	}
+	t.saved = true
+	return nil
+}
 
 // Exec implements projection.Tx. The text may hold several statements when
 // there are no arguments.
@@ -26,10 +39,13 @@ func (t *stateTx) Exec(ctx context.Context, query string, args ...any) (int64, e
 	if err := errors.Join(t.writable(), ctx.Err(), t.oneAtATime(), t.s.guard(query)); err != nil {
 		return 0, err
 	}
+	if err := t.save(ctx); err != nil {
+		return 0, err
+	}
 	var total int64
 	var err error
 	if len(args) == 0 {
-		results, failed := t.tx.Conn().PgConn().Exec(ctx, savepoint+";"+query+"\n;"+release).ReadAll()
+		results, failed := t.tx.Conn().PgConn().Exec(ctx, query+"\n;"+release+";"+savepoint).ReadAll()
 		for _, r := range results {
 			total += r.CommandTag.RowsAffected()
 			if r.CommandTag.Select() {
@@ -39,15 +55,13 @@ func (t *stateTx) Exec(ctx context.Context, query string, args ...any) (int64, e
 		err = failed
 	} else {
 		b := &pgx.Batch{}
-		b.Queue(savepoint)
 		b.Queue(query, args...)
 		b.Queue(release)
+		b.Queue(savepoint)
 		results := t.tx.SendBatch(ctx, b)
-		if _, err = results.Exec(); err == nil {
-			tag, failed := results.Exec()
-			if err = failed; err == nil && !tag.Select() {
-				total = tag.RowsAffected()
-			}
+		tag, failed := results.Exec()
+		if err = failed; err == nil && !tag.Select() {
+			total = tag.RowsAffected()
 		}
 		if closing := results.Close(); err == nil {
 			err = closing
@@ -86,16 +100,15 @@ func (t *stateTx) Query(ctx context.Context, query string, args ...any) (project
 	if err := errors.Join(t.usable(), ctx.Err(), t.oneAtATime(), t.s.guard(query)); err != nil {
 		return nil, err
 	}
+	if err := t.save(ctx); err != nil {
+		return nil, err
+	}
 	b := &pgx.Batch{}
-	b.Queue(savepoint)
 	b.Queue(query, args...)
 	b.Queue(release)
+	b.Queue(savepoint)
 	results := t.tx.SendBatch(ctx, b)
-	_, err := results.Exec()
-	var rows pgx.Rows
-	if err == nil {
-		rows, err = results.Query()
-	}
+	rows, err := results.Query()
 	if err != nil {
 		_ = results.Close()
 		return nil, t.undo(ctx, query, err)

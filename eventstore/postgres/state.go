@@ -110,6 +110,7 @@ type stateTx struct {
 	readOnly bool
 	ended    bool
 	failed   error // every call fails with it
+	saved    bool  // nothing but statements of the user since the savepoint
 	open     *queryRows
 	pending  map[rowKey]*pendingRow
 }
@@ -181,7 +182,7 @@ func (t *stateTx) flush() error {
 			putTables, putKeys, putValues = append(putTables, id), append(putKeys, []byte(k.key)), append(putValues, row.value)
 		}
 	}
-	t.pending = nil
+	t.pending, t.saved = nil, false
 	b := &pgx.Batch{}
 	if len(putTables) > 0 {
 		// In the order of their keys: whoever writes the same rows does not deadlock.
@@ -246,6 +247,7 @@ func (t *stateTx) SetCheckpoint(lease projection.Lease, from, to projection.Chec
 	if uint64(from.Position) > math.MaxInt64 || uint64(to.Position) > math.MaxInt64 {
 		return fmt.Errorf("%w: checkpoint %q: a position beyond %d", eventstore.ErrInvalid, lease.Name, int64(math.MaxInt64))
 	}
+	t.saved = false
 	var now projection.Lease
 	var moved int64
 	b := &pgx.Batch{}
@@ -306,6 +308,7 @@ func (t *stateTx) Fence(lease projection.Lease) error {
 	if err := errors.Join(t.writable(), t.oneAtATime()); err != nil {
 		return err
 	}
+	t.saved = false // the lock must not be given back with a statement that fails
 	var now projection.Lease
 	b := &pgx.Batch{}
 	t.queueFence(b, lease.Name, &now)
@@ -419,6 +422,7 @@ func (t *stateTx) Clear(table string) error {
 	if err != nil || id == 0 {
 		return t.broke("clear a table", err)
 	}
+	t.saved = false
 	_, err = t.tx.Exec(t.ctx, "DELETE FROM "+t.s.schema+".rows WHERE tbl = $1", id)
 	return t.broke("clear a table", err)
 }

@@ -8,8 +8,12 @@
 //	go run ./examples/fines
 //	go run ./examples/fines -input fines.csv.gz -db fines.db -chart fines.svg
 //
-// Interrupted or killed and started again with the same -db, it continues and
-// ends with the same report.
+// The same program runs on PostgreSQL, with the same report:
+//
+//	go run ./examples/fines -store postgres://user:secret@localhost/shop
+//
+// Interrupted or killed and started again with the same -store or -db, it
+// continues and ends with the same report.
 //
 // Where to look: fine.go (aggregate and commands), penalty.go (saga),
 // views.go (projections), query.go (report), replay.go (how rows are executed
@@ -26,11 +30,14 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/pprof"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/mattn/go-isatty"
 
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/postgres"
 	"github.com/deed-go/deed/eventstore/sqlite"
 )
 
@@ -41,8 +48,8 @@ func main() {
 }
 
 type options struct {
-	input, db, chart, profile string
-	json                      bool
+	input, store, db, chart, profile string
+	json                             bool
 }
 
 // program is main with everything it touches handed in; it returns the exit
@@ -52,6 +59,7 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("fines", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.StringVar(&o.input, "input", "", "the log to replay: a `FILE` .csv or .csv.gz (default: the sample that comes with the program)")
+	flags.StringVar(&o.store, "store", "", "a PostgreSQL `URL` to keep everything in, postgres://…, instead of a file")
 	flags.StringVar(&o.db, "db", "", "the database `FILE`; an interrupted replay is continued (default: a temporary file)")
 	flags.BoolVar(&o.json, "json", false, "print the report as JSON")
 	flags.StringVar(&o.chart, "chart", "", "draw issued, paid and outstanding by month as an SVG `FILE`")
@@ -68,6 +76,10 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	}
 	if flags.NArg() > 0 {
 		fmt.Fprintf(stderr, "fines: unexpected argument %q: see -help\n", flags.Arg(0))
+		return 2
+	}
+	if o.store != "" && (o.db != "" || !isPostgres(o.store)) {
+		fmt.Fprintf(stderr, "fines: -store %q: give a URL that begins with postgres://, and not -db as well\n", o.store)
 		return 2
 	}
 	err := run(ctx, o, stdout, stderr)
@@ -100,23 +112,31 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	}
 	defer log.Close()
 
-	db := o.db
-	if db == "" {
-		var dir string
-		if dir, err = os.MkdirTemp("", "fines-"); err != nil {
+	working := context.WithoutCancel(ctx) // ctx asks to stop reading, not to drop what is in hand
+	var store closingStore
+	again := "-store " + o.store
+	if o.store != "" {
+		if store, err = postgres.Open(working, o.store); err != nil {
 			return err
 		}
-		db = filepath.Join(dir, "fines.db")
-		defer func() {
-			if !errors.Is(err, errInterrupted) {
-				err = errors.Join(err, os.RemoveAll(dir))
+	} else {
+		db := o.db
+		if db == "" {
+			var dir string
+			if dir, err = os.MkdirTemp("", "fines-"); err != nil {
+				return err
 			}
-		}()
-	}
-	working := context.WithoutCancel(ctx) // ctx asks to stop reading, not to drop what is in hand
-	store, err := sqlite.Open(working, db)
-	if err != nil {
-		return err
+			db = filepath.Join(dir, "fines.db")
+			defer func() {
+				if !errors.Is(err, errInterrupted) {
+					err = errors.Join(err, os.RemoveAll(dir))
+				}
+			}()
+		}
+		again = "-db " + db
+		if store, err = sqlite.Open(working, db); err != nil {
+			return err
+		}
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
 	app, err := start(working, store)
@@ -134,7 +154,6 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	end, err := replay(ctx, app, inputTitle(o.input), log, screen.show)
 	screen.clear()
 	if errors.Is(err, errInterrupted) {
-		again := "-db " + db
 		if o.input != "" {
 			again += " -input " + o.input
 		}
@@ -155,10 +174,23 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	}
 	result.ElapsedSeconds = time.Since(began).Seconds()
 	result.Store = "sqlite"
+	if o.store != "" {
+		result.Store = "postgres"
+	}
 	if o.json {
 		return result.WriteJSON(stdout)
 	}
 	return result.WriteText(stdout)
+}
+
+// closingStore is what the backends' stores have in common.
+type closingStore interface {
+	eventstore.Store
+	io.Closer
+}
+
+func isPostgres(url string) bool {
+	return strings.HasPrefix(url, "postgres://") || strings.HasPrefix(url, "postgresql://")
 }
 
 func isTerminal(w io.Writer) bool {
