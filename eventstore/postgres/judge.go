@@ -201,7 +201,7 @@ func (j *judgement) decide(e *entry) verdict {
 	}
 	open := false
 	for i := range c.Conditions {
-		conflict, known := j.check(&c.Conditions[i])
+		conflict, known := j.check(c, &c.Conditions[i])
 		if !known {
 			open = true
 			continue
@@ -287,7 +287,7 @@ func (j *judgement) head(s eventstore.Stream, mustBeNew bool) (*tip, bool) {
 	return t, true
 }
 
-func (j *judgement) check(c *eventstore.Condition) (conflict *eventstore.ConflictError, known bool) {
+func (j *judgement) check(of *eventstore.Commit, c *eventstore.Condition) (conflict *eventstore.ConflictError, known bool) {
 	if c.Kind == eventstore.ConditionNoneMatch {
 		return j.checkQuery(c)
 	}
@@ -297,7 +297,10 @@ func (j *judgement) check(c *eventstore.Condition) (conflict *eventstore.Conflic
 			return nil, false
 		}
 	}
-	t, known := j.head(c.Stream, c.Kind == eventstore.ConditionStreamAt && c.Revision.Version == 0)
+	// Only a stream that is written to can be taken for new: nothing would collide
+	// with another one.
+	absent := c.Kind == eventstore.ConditionStreamAt && c.Revision.Version == 0
+	t, known := j.head(c.Stream, absent && slices.ContainsFunc(of.Events, func(e eventstore.Event) bool { return e.Stream == c.Stream }))
 	if !known {
 		return nil, false
 	}

@@ -26,20 +26,22 @@ const module = "github.com/deed-go/deed"
 // Test files may import everything: only backends' and engines' users need to
 // be spared, and tests have none.
 var layers = map[string][]string{
-	"eventstore":     {},
-	"internal/...":   {"eventstore"},
-	"internal/clock": {},
-	"projection":     {"eventstore", "internal/..."},
-	"aggregate":      {"eventstore", "internal/..."},
-	"command":        {"aggregate"},
-	"query":          {"projection"},
-	"saga":           {"command", "projection"},
-	".":              {"saga", "query"},
+	"eventstore":      {},
+	"internal/...":    {"eventstore"},
+	"internal/clock":  {},
+	"internal/pgtest": {},
+	"projection":      {"eventstore", "internal/..."},
+	"aggregate":       {"eventstore", "internal/..."},
+	"command":         {"aggregate"},
+	"query":           {"projection"},
+	"saga":            {"command", "projection"},
+	".":               {"saga", "query"},
 
 	// Backends stand on the contract and the state interface; nothing but the
 	// programs, the test kits and tests imports one.
-	"eventstore/memory": {"projection"},
-	"eventstore/sqlite": {"projection"},
+	"eventstore/memory":   {"projection"},
+	"eventstore/sqlite":   {"projection"},
+	"eventstore/postgres": {"projection"},
 
 	// The conformance suites know no backend but the oracle.
 	"eventstore/storetest": {"eventstore/memory"},
@@ -50,8 +52,8 @@ var layers = map[string][]string{
 	"projection/projectiontest": {"query", "eventstore/memory"},
 	"saga/sagatest":             {"saga", "query", "eventstore/memory"},
 
-	"cmd/...":      {".", "eventstore/memory", "eventstore/sqlite"},
-	"examples/...": {".", "eventstore/memory", "eventstore/sqlite"},
+	"cmd/...":      {".", "eventstore/memory", "eventstore/sqlite", "eventstore/postgres"},
+	"examples/...": {".", "eventstore/memory", "eventstore/sqlite", "eventstore/postgres"},
 }
 
 // testOnly are libraries that must not become part of what users build; the
