@@ -199,12 +199,7 @@ func (c *committer) commit(entries []*entry) {
 			b.fail(unavailable("append", err))
 			return
 		}
-		timer := time.NewTimer(pause)
-		select {
-		case <-timer.C:
-		case <-c.s.base.Done():
-			timer.Stop()
-		}
+		time.Sleep(pause)
 		pause = min(2*pause, longestPause)
 	}
 }
@@ -381,8 +376,7 @@ func (c *committer) lookup(b *batch, q *questions) error {
 	defer cancel()
 	for {
 		l := &lookup{s: c.s}
-		err := c.snapshot(ctx, func(queue *pgx.Batch) { l.queue(queue, c.l.known, q) }, func() error { return l.scan(ctx, c.conn, q) }, len(q.conditions) > len(l.found))
-		if err != nil {
+		if err := c.snapshot(ctx, l, q); err != nil {
 			return asLost(err)
 		}
 		if l.outdated() {
@@ -402,31 +396,24 @@ func (c *committer) lookup(b *batch, q *questions) error {
 	}
 }
 
-// snapshot runs what queue adds in one transaction with one snapshot and, if
-// more is wanted, then more in it.
-func (c *committer) snapshot(ctx context.Context, queue func(*pgx.Batch), more func() error, wantsMore bool) error {
+// snapshot asks the questions in one transaction with one snapshot, and in one
+// round trip if that is possible.
+func (c *committer) snapshot(ctx context.Context, l *lookup, q *questions) error {
 	batch := &pgx.Batch{}
 	batch.Queue("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-	queue(batch)
-	if !wantsMore {
+	l.queue(batch, c.l.known, q)
+	if !l.unanswered {
 		batch.Queue("COMMIT")
-		err := c.conn.SendBatch(ctx, batch).Close()
-		if err != nil && !broken(err) {
-			_, _ = c.conn.Exec(ctx, "ROLLBACK")
-		}
-		return err
 	}
 	err := c.conn.SendBatch(ctx, batch).Close()
-	if err == nil {
-		err = more()
-	}
-	if err != nil {
-		if !broken(err) {
-			_, _ = c.conn.Exec(ctx, "ROLLBACK")
+	if err == nil && l.unanswered {
+		if err = l.scan(ctx, c.conn, q); err == nil {
+			_, err = c.conn.Exec(ctx, "COMMIT")
 		}
-		return err
 	}
-	_, err = c.conn.Exec(ctx, "COMMIT")
+	if err != nil && !broken(err) {
+		_, _ = c.conn.Exec(ctx, "ROLLBACK")
+	}
 	return err
 }
 

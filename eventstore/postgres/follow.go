@@ -226,8 +226,6 @@ func (f *follower) listen() {
 func (f *follower) hear() error {
 	ctx, cancel := context.WithCancel(f.s.base)
 	defer cancel()
-	stop := context.AfterFunc(f.s.base, cancel)
-	defer stop()
 	go func() {
 		select {
 		case <-f.s.closing:
@@ -303,13 +301,19 @@ func (n *notifier) run() {
 		}
 	}
 	defer hangUp()
-	for {
+	for last := false; !last; {
 		select {
 		case <-n.wake:
 		case <-n.s.base.Done():
-			return
+			// What was committed last is told before the end.
+			select {
+			case <-n.wake:
+				last = true
+			default:
+				return
+			}
 		}
-		ctx, cancel := context.WithTimeout(n.s.base, connectTimeout)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(n.s.base), time.Second)
 		var err error
 		if conn == nil {
 			config := n.s.config.Copy()
@@ -333,7 +337,6 @@ func (n *notifier) run() {
 		case <-timer.C:
 		case <-n.s.base.Done():
 			timer.Stop()
-			return
 		}
 	}
 }

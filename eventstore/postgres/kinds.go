@@ -3,11 +3,8 @@ package postgres
 import (
 	"context"
 	"maps"
-	"slices"
 
 	"github.com/jackc/pgx/v5"
-
-	"github.com/deed-go/deed/eventstore"
 )
 
 // kind is an event type within a category.
@@ -19,31 +16,6 @@ type kind struct{ category, eventType string }
 type kinds struct {
 	byID map[int32]kind
 	id   map[kind]int32
-}
-
-// matching returns the ids of the kinds that fit the item, in order.
-func (k *kinds) matching(item *eventstore.Item) []int32 {
-	var ids []int32
-	if item.Category != "" && len(item.Types) > 0 {
-		for _, t := range item.Types {
-			if id, ok := k.id[kind{item.Category, t}]; ok {
-				ids = append(ids, id)
-			}
-		}
-		slices.Sort(ids)
-		return slices.Compact(ids) // a type may be named twice
-	}
-	types := make(map[string]bool, len(item.Types))
-	for _, t := range item.Types {
-		types[t] = true
-	}
-	for id, name := range k.byID {
-		if (item.Category == "" || item.Category == name.category) && (len(types) == 0 || types[name.eventType]) {
-			ids = append(ids, id)
-		}
-	}
-	slices.Sort(ids)
-	return ids
 }
 
 // readKinds reads all kinds.

@@ -3,7 +3,6 @@ package postgres
 import (
 	"context"
 	"errors"
-	"math"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -46,6 +45,8 @@ type lookup struct {
 	heads map[eventstore.Stream]streamHead
 	keys  map[string]eventstore.Receipt
 	found map[*eventstore.Condition]eventstore.Position
+	// unanswered: some conditions need more than one statement.
+	unanswered bool
 }
 
 // queue adds the statements to the batch. The connection must be in a
@@ -115,17 +116,14 @@ func (l *lookup) queue(b *pgx.Batch, known eventstore.Position, q *questions) {
 			return err
 		})
 	}
-	known2 := s.kinds.Load()
 	l.found = make(map[*eventstore.Condition]eventstore.Position, len(q.conditions))
 	for _, c := range q.conditions {
-		st, exact := firstStatement(s.schema, c, known2)
+		st, exact := firstStatement(s.schema, c)
 		if !exact {
-			continue // by reading, afterwards
-		}
-		l.found[c.of] = 0
-		if st.text == "" {
+			l.unanswered = true // by reading, afterwards
 			continue
 		}
+		l.found[c.of] = 0
 		b.Queue(st.text, st.args...).Query(func(rows pgx.Rows) error {
 			for rows.Next() {
 				var position int64
@@ -141,16 +139,14 @@ func (l *lookup) queue(b *pgx.Batch, known eventstore.Position, q *questions) {
 
 // firstStatement finds the first position after which the condition's query
 // matches; false if the indexes alone cannot tell.
-func firstStatement(schema string, c question, known *kinds) (statement, bool) {
-	at := span{after: c.after, through: math.MaxInt64}
-	p := makePlan(c.query, known, schema)
+func firstStatement(schema string, c question) (statement, bool) {
+	at := span{after: c.after, through: farAway}
+	p := makePlan(c.query, schema)
 	switch {
 	case !p.exact:
 		return statement{}, false
 	case p.everything:
 		return statement{text: "SELECT position FROM " + schema + ".events WHERE position > $1::bigint ORDER BY position LIMIT 1", args: []any{int64(c.after)}}, true
-	case len(p.arms) == 0:
-		return statement{}, true
 	}
 	return p.positions(schema, at, 1), true
 }
@@ -181,8 +177,7 @@ func (l *lookup) scan(ctx context.Context, conn *pgx.Conn, q *questions) error {
 	return nil
 }
 
-// outdated reports whether others have made kinds that were not known when the
-// questions were put.
+// outdated reports whether others have made kinds that are not known here.
 func (l *lookup) outdated() bool { return l.kinds != len(l.s.kinds.Load().byID) }
 
 // settle enters what was found into the ledger and the batch.

@@ -11,7 +11,7 @@ import (
 type plan struct {
 	// everything reads the log itself, in order.
 	everything bool
-	// arms are the indexes to merge; without any, nothing matches.
+	// arms are the indexes to merge.
 	arms []arm
 	// exact says that all candidates match, so that a limit can be left to the
 	// database.
@@ -20,9 +20,9 @@ type plan struct {
 
 // arm finds candidate positions in one index.
 type arm struct {
-	// from and where are parts of a SELECT over e (events) or t (tags); both have
-	// %d for the numbers of their parameters, in order.
-	kind  armKind
+	kind armKind
+	// where is a condition on e (events), t (tags) or k (kinds), with %d for the
+	// numbers of its parameters, in order.
 	where string
 	args  []any
 }
@@ -35,24 +35,16 @@ const (
 	byTag
 )
 
-// makePlan divides the query among the indexes.
-func makePlan(q eventstore.Query, k *kinds, schema string) plan {
+// makePlan divides the query among the indexes. Categories and types are
+// looked up by the statement itself: another process may have made a kind that
+// is not known here, and its events must not be missed.
+func makePlan(q eventstore.Query, schema string) plan {
 	p := plan{everything: q.Everything, exact: true}
-	sought := map[int32]bool{} // kinds that have an arm
 	for i := range q.Items {
 		item := &q.Items[i]
-		var ids []int32
 		constrained := item.Category != "" || len(item.Types) > 0
-		if constrained {
-			if ids = k.matching(item); len(ids) == 0 {
-				continue
-			}
-		}
 		switch {
 		case !item.Stream.IsZero():
-			if constrained && item.Category != "" && item.Category != item.Stream.Category {
-				continue
-			}
 			p.arms = append(p.arms, arm{kind: byStream, where: "e.stream = $%d::text", args: []any{item.Stream.String()}})
 			p.exact = p.exact && !constrained && len(item.Tags) == 0 && item.Slices.IsZero()
 		case len(item.Tags) > 0:
@@ -62,28 +54,32 @@ func makePlan(q eventstore.Query, k *kinds, schema string) plan {
 				a.args = append(a.args, tag)
 			}
 			if constrained {
-				a.where += " AND t.kind = ANY ($%d::int[])"
-				a.args = append(a.args, ids)
+				where, args := kindsOf(item)
+				a.where += " AND t.kind IN (SELECT k.id FROM " + schema + ".kinds k WHERE " + where + ")"
+				a.args = append(a.args, args...)
 			}
 			p.arms = append(p.arms, a)
 			p.exact = p.exact && item.Slices.IsZero()
 		case constrained:
-			fresh := ids[:0:0]
-			for _, id := range ids {
-				if !sought[id] {
-					sought[id] = true
-					fresh = append(fresh, id)
-				}
-			}
-			if len(fresh) > 0 {
-				p.arms = append(p.arms, arm{kind: byKind, where: "e.kind = k.id", args: []any{fresh}})
-			}
+			where, args := kindsOf(item)
+			p.arms = append(p.arms, arm{kind: byKind, where: where, args: args})
 			p.exact = p.exact && item.Slices.IsZero()
 		default: // slices alone
 			return plan{everything: true}
 		}
 	}
 	return p
+}
+
+// kindsOf is the condition on k (kinds) that the item makes.
+func kindsOf(item *eventstore.Item) (where string, args []any) {
+	switch {
+	case len(item.Types) == 0:
+		return "k.category = $%d::text", []any{item.Category}
+	case item.Category == "":
+		return "k.type = ANY ($%d::text[])", []any{item.Types}
+	}
+	return "k.category = $%d::text AND k.type = ANY ($%d::text[])", []any{item.Category, item.Types}
 }
 
 // statement is SQL with its arguments.
@@ -152,7 +148,7 @@ func (p *plan) positions(schema string, at span, limit int) statement {
 			fmt.Fprintf(&b, "(SELECT t.position FROM "+schema+".tags t WHERE "+a.where+" AND t.position > $1::bigint AND t.position <= $2::bigint ORDER BY t.position"+order(at.backward)+" LIMIT $3::bigint)", numbers...)
 		case byKind:
 			// Each kind on its own, in order and bounded, so that the index does it all.
-			fmt.Fprintf(&b, "(SELECT l.position FROM unnest($%d::int[]) AS k (id) CROSS JOIN LATERAL (SELECT e.position FROM "+schema+".events e WHERE "+a.where+" AND e.position > $1::bigint AND e.position <= $2::bigint ORDER BY e.position"+order(at.backward)+" LIMIT $3::bigint) l)", numbers...)
+			fmt.Fprintf(&b, "(SELECT l.position FROM (SELECT k.id FROM "+schema+".kinds k WHERE "+a.where+" OFFSET 0) k CROSS JOIN LATERAL (SELECT e.position FROM "+schema+".events e WHERE e.kind = k.id AND e.position > $1::bigint AND e.position <= $2::bigint ORDER BY e.position"+order(at.backward)+" LIMIT $3::bigint) l)", numbers...)
 		}
 	}
 	b.WriteString(") u")
@@ -172,16 +168,13 @@ func (p *plan) rows(schema string, at span, limit int) statement {
 	return st
 }
 
-// statement returns what reads up to limit candidates of the query; false if
-// nothing can match.
-func (p *plan) statement(schema string, at span, limit int) (statement, bool) {
+// statement returns what reads up to limit candidates of the query.
+func (p *plan) statement(schema string, at span, limit int) statement {
 	switch {
 	case p.everything:
-		return scanLog(schema, at, limit), true
-	case len(p.arms) == 0:
-		return statement{}, false
+		return scanLog(schema, at, limit)
 	case len(p.arms) == 1 && p.arms[0].kind == byStream:
-		return scanStream(schema, p.arms[0].args[0].(string), at, limit), true
+		return scanStream(schema, p.arms[0].args[0].(string), at, limit)
 	}
-	return p.rows(schema, at, limit), true
+	return p.rows(schema, at, limit)
 }

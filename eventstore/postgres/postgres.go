@@ -41,7 +41,8 @@ type Store struct {
 	closing  chan struct{} // closed when Close begins
 	base     context.Context
 	stop     context.CancelFunc // ends base
-	work     sync.WaitGroup     // the goroutines of the store
+	writing  sync.WaitGroup     // the committer
+	work     sync.WaitGroup     // the other goroutines of the store
 	calls    sync.WaitGroup     // reads and updates that run
 	callsMu  sync.RWMutex       // held for reading to add to calls
 	kinds    atomic.Pointer[kinds]
@@ -319,7 +320,7 @@ func open(ctx context.Context, pool *pgxpool.Pool, set settings) (*Store, error)
 	}
 	s.follower = newFollower(s, tail.New(head, set.tailEvents, set.tailBytes))
 	s.notifier = newNotifier(s)
-	s.work.Go(newCommitter(s).run)
+	s.writing.Go(newCommitter(s).run)
 	s.work.Go(s.follower.run)
 	s.work.Go(s.notifier.run)
 	if !set.pooled && !set.deaf {
@@ -355,6 +356,9 @@ func (s *Store) prepare(ctx context.Context) error {
 	s.lock = int64(binary.BigEndian.Uint64(id[8:]))
 
 	s.config = s.pool.Config().ConnConfig.Copy()
+	if s.config.ConnectTimeout == 0 {
+		s.config.ConnectTimeout = connectTimeout
+	}
 	s.config.OnNotification = nil
 	if s.settings.pooled {
 		unprepared(s.config)
@@ -434,6 +438,7 @@ func (s *Store) Close() error {
 		s.callsMu.Unlock()
 		s.follower.close()
 		s.calls.Wait()
+		s.writing.Wait()
 		s.members.leave(s)
 		s.stop()
 		s.work.Wait()

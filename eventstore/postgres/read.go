@@ -53,15 +53,12 @@ func (s *Store) page(ctx context.Context, conn *pgx.Conn, q eventstore.Query, at
 	if at.after >= at.through {
 		return page{done: true}, nil
 	}
-	p := makePlan(q, s.kinds.Load(), s.schema)
+	p := makePlan(q, s.schema)
 	limit := most
 	if !p.exact && !q.Everything {
 		limit = max(most, pageSize)
 	}
-	st, ok := p.statement(s.schema, at, limit)
-	if !ok {
-		return page{done: true}, nil
-	}
+	st := p.statement(s.schema, at, limit)
 	expected := limit
 	if limit <= pageSize {
 		expected = min(limit, 128)
