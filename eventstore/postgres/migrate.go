@@ -129,12 +129,15 @@ func Migrate(ctx context.Context, url string, options ...Option) ([]Migration, e
 
 // appliedVersion returns the last step that was applied; 0 if there is none.
 func appliedVersion(ctx context.Context, q querier, schema string) (int, error) {
-	var table *string
+	// Not to_regclass: in a transaction that has waited for a lock it may answer from
+	// what the session had cached before.
+	var exists bool
 	quoted := pgx.Identifier{schema}.Sanitize()
-	if err := q.QueryRow(ctx, "SELECT to_regclass($1)::text", quoted+".migrations").Scan(&table); err != nil {
+	if err := q.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		WHERE n.nspname = $1 AND c.relname = 'migrations')`, schema).Scan(&exists); err != nil {
 		return 0, unavailable("look for the schema", err)
 	}
-	if table == nil {
+	if !exists {
 		return 0, nil
 	}
 	var version int
