@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"fmt"
+	"sync"
 	"testing"
 
 	"github.com/google/uuid"
@@ -107,4 +108,42 @@ func BenchmarkReads(b *testing.B) {
 		}
 		b.ReportMetric(float64(b.N)*streams*each/b.Elapsed().Seconds(), "events/s")
 	})
+}
+
+// BenchmarkForms compares the forms of writing, when nobody else writes.
+func BenchmarkForms(b *testing.B) {
+	for _, writers := range []int{1, 4, 16, 64, 256} {
+		for _, f := range []form{formCopy, formFunction, formTwoTrips} {
+			b.Run(fmt.Sprintf("writers=%d/%s", writers, f), func(b *testing.B) {
+				s, err := Open(b.Context(), pgtest.Database(b), always(f))
+				require.NoError(b, err)
+				defer s.Close()
+				payload := fmt.Appendf(nil, `{"Note":"%0247d"}`, 0)
+				tickets := make(chan struct{})
+				var group sync.WaitGroup
+				for w := range writers {
+					group.Go(func() {
+						version := uint64(0)
+						for range tickets {
+							stream := eventstore.Stream{Category: "account", ID: fmt.Sprint(w)}
+							_, err := s.Append(b.Context(), eventstore.Commit{
+								Events:     []eventstore.Event{{Stream: stream, Type: "noted", Data: payload}},
+								Conditions: []eventstore.Condition{eventstore.StreamAt(stream, eventstore.Revision{Version: version})},
+							})
+							if err != nil {
+								b.Error(err)
+							}
+							version++
+						}
+					})
+				}
+				for b.Loop() {
+					tickets <- struct{}{}
+				}
+				b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "events/s")
+				close(tickets)
+				group.Wait()
+			})
+		}
+	}
 }

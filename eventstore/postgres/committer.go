@@ -173,7 +173,7 @@ func (c *committer) commit(entries []*entry) {
 			c.fatal = err
 		}
 		if !transient(err) || c.fatal != nil {
-			if len(b.entries) > 1 && c.fatal == nil && len(b.attempts) == 0 {
+			if len(b.entries) > 1 && c.fatal == nil && len(b.tried()) == 0 {
 				// One of them is to blame; the others are not to suffer for it.
 				for _, e := range b.entries {
 					c.commit([]*entry{e})
@@ -212,7 +212,7 @@ const closingPatience = 5 * time.Second
 func (b *batch) fail(err error) {
 	for _, e := range b.entries {
 		failure := err
-		if b.tried(e) {
+		if e.tries > 0 {
 			failure = fmt.Errorf("append: %w: %w", eventstore.ErrOutcomeUnknown, err)
 		}
 		e.settle(eventstore.Receipt{}, failure)
@@ -244,6 +244,9 @@ func (b *batch) settled(done []*entry) {
 // the batch.
 func (c *committer) step(b *batch) error {
 	if err := c.connect(b); err != nil {
+		return err
+	}
+	if err := c.recover(b); err != nil {
 		return err
 	}
 	if len(b.entries) == 0 {
@@ -297,7 +300,7 @@ func (c *committer) written(b *batch, done *landing) {
 	for i := range b.recorded {
 		c.l.enter(&b.recorded[i])
 	}
-	b.fresh, b.attempts = true, nil
+	b.fresh = true
 	if len(b.later) > 0 {
 		b.looked.make()
 		for _, e := range b.winners {
@@ -392,7 +395,7 @@ func (c *committer) lookup(b *batch, q *questions) error {
 		if c.l.known > before {
 			c.calm = 0
 		}
-		return c.recover(ctx, b, before)
+		return nil
 	}
 }
 
@@ -426,25 +429,55 @@ func asLost(err error) error {
 	return err
 }
 
-// recover looks for an attempt whose outcome was not known, among the events
-// behind the position.
-func (c *committer) recover(ctx context.Context, b *batch, after eventstore.Position) error {
-	if c.l.known == after {
+// recover answers the entries that were sent without an answer and have been
+// written all the same. It searches as far as the ledger goes, so that nothing
+// is judged again that is in the log already.
+func (c *committer) recover(b *batch) error {
+	tried := b.tried()
+	if len(tried) == 0 || b.searched == c.l.known {
 		return nil
 	}
-	for n := 0; n < len(b.attempts); n++ {
-		var position int64
-		first := b.attempts[n].entries[0].commit.Events[0].ID
-		err := c.conn.QueryRow(ctx, "SELECT position FROM "+c.s.schema+".events WHERE position > $1 AND id = $2 ORDER BY position LIMIT 1", int64(after), first).Scan(&position)
-		if errors.Is(err, pgx.ErrNoRows) {
-			continue
-		}
-		if err != nil {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.s.base), answerTimeout)
+	defer cancel()
+	searched, from := c.l.known, tried[0].from
+	ids, sizes := make([]string, len(tried)), make([]int32, len(tried))
+	wanted := make(map[uuid.UUID]*entry, len(tried))
+	for i, e := range tried {
+		first := e.commit.Events[0].ID
+		from, ids[i], sizes[i], wanted[first] = min(from, e.from), first.String(), int32(len(e.commit.Events)), e
+		e.receipt = eventstore.Receipt{Fingerprint: e.commit.Fingerprint}
+	}
+	rows, err := c.conn.Query(ctx, c.s.texts.written, int64(from), ids, sizes)
+	if err != nil {
+		return asLost(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var id uuid.UUID
+		var position, version int64
+		if err := rows.Scan(&id, &position, &version); err != nil {
 			return asLost(err)
 		}
-		b.landed(n, eventstore.Position(position))
-		n--
+		r, events := &wanted[id].receipt, wanted[id].commit.Events
+		if r.First == 0 {
+			r.First, r.Last = eventstore.Position(position), eventstore.Position(position)+eventstore.Position(len(events))-1
+		}
+		note(r, events[eventstore.Position(position)-r.First].Stream, eventstore.Revision{Version: uint64(version), Position: eventstore.Position(position)})
 	}
+	if err := rows.Err(); err != nil {
+		return asLost(err)
+	}
+	var found []*entry
+	for _, e := range tried {
+		if e.receipt.First > 0 {
+			e.err = nil
+			found = append(found, e)
+			c.s.follower.expect(e.receipt.Last)
+			c.s.notifier.tell(e.receipt.Last)
+		}
+	}
+	b.searched = searched
+	b.settled(found)
 	return nil
 }
 

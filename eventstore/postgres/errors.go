@@ -16,7 +16,6 @@ import (
 
 // The codes that our own functions raise; see migration/001_log.sql.
 const (
-	codeStale     = "DE001" // the log does not end at the known position
 	codeIsolation = "DE002" // not READ COMMITTED
 	codeRewound   = "DE003" // the log ends before the known position
 )

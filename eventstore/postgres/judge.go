@@ -28,47 +28,40 @@ type batch struct {
 
 	restless   int       // how often others wrote in between
 	collisions int       // how often something that was taken for new was not
-	attempts   []attempt // those whose outcome is not known
+	// searched is how far the log was searched for entries that were sent without
+	// an answer.
+	searched eventstore.Position
 }
 
-// attempt is one try to write winners. It lands as a whole or not at all. Of
-// several tries for one batch only one can land: each is judged again on a log
-// without the others' events, and whichever comes later finds that the log has
-// moved, or ids of its own in it.
-type attempt struct {
-	entries  []*entry
-	receipts []eventstore.Receipt
-}
-
-// trying notes that the winners are about to be sent.
-func (b *batch) trying() {
-	a := attempt{entries: slices.Clone(b.winners), receipts: make([]eventstore.Receipt, len(b.winners))}
-	for i, e := range b.winners {
-		a.receipts[i] = e.receipt
-		a.receipts[i].Revisions = slices.Clone(e.receipt.Revisions)
+// trying notes that the winners, judged on the log up to the position, are
+// about to be sent. Of several tries to write an entry only one can land: each
+// is judged on a log without the others' events, and whichever comes later
+// finds that the log has moved, or ids of its own in it.
+func (b *batch) trying(known eventstore.Position) {
+	for _, e := range b.winners {
+		if e.tries == 0 {
+			e.from = known
+		}
+		e.tries++
 	}
-	b.attempts = append(b.attempts, a)
 }
 
-// refused notes that the last attempt is known to have written nothing.
-func (b *batch) refused() { b.attempts = b.attempts[:len(b.attempts)-1] }
-
-// tried reports whether the entry may have been written.
-func (b *batch) tried(e *entry) bool {
-	return slices.ContainsFunc(b.attempts, func(a attempt) bool { return slices.Contains(a.entries, e) })
-}
-
-// landed answers an attempt that was written, although nobody was told, from
-// the position on.
-func (b *batch) landed(n int, first eventstore.Position) {
-	a := b.attempts[n]
-	by := first - a.receipts[0].First
-	for i, e := range a.entries {
-		e.receipt, e.err = a.receipts[i], nil
-		moveBy(&e.receipt, by)
+// refused notes that the last try is known to have written nothing.
+func (b *batch) refused() {
+	for _, e := range b.winners {
+		e.tries--
 	}
-	b.attempts = slices.Delete(b.attempts, n, n+1)
-	b.settled(a.entries)
+}
+
+// tried returns the entries that may have been written.
+func (b *batch) tried() []*entry {
+	var some []*entry
+	for _, e := range b.entries {
+		if e.tries > 0 {
+			some = append(some, e)
+		}
+	}
+	return some
 }
 
 // entry is a commit on its way to the committer.
@@ -82,6 +75,11 @@ type entry struct {
 	receipt eventstore.Receipt
 	err     error
 	base    int // index of its first event in batch.recorded
+
+	// tries is how often it was sent without an answer; if it was written, then
+	// behind the position from.
+	tries int
+	from  eventstore.Position
 }
 
 // row returns the row of the i-th event.

@@ -10,6 +10,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
+	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/projection"
 )
 
@@ -212,4 +213,42 @@ func (s *Store) Release(ctx context.Context, lease projection.Lease) error {
 		_, err := s.pool.Exec(ctx, "UPDATE "+s.schema+".leases SET held = false WHERE name = $1 AND owner = $2 AND epoch = $3", lease.Name, lease.Owner, int64(lease.Epoch))
 		return err
 	})
+}
+
+// Checkpoints implements projection.CheckpointLister.
+func (s *Store) Checkpoints(ctx context.Context) ([]projection.NamedCheckpoint, error) {
+	if err := s.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer s.leave()
+	var all []projection.NamedCheckpoint
+	err := s.trying(ctx, "list the checkpoints", func() error {
+		all = nil
+		rows, err := s.pool.Query(ctx, `SELECT n.name, coalesce(c.log, ''), coalesce(c.epoch, 0), coalesce(c.position, 0), coalesce(l.owner, ''), coalesce(l.epoch, 0), l.until,
+				coalesce(l.held AND (l.until > clock_timestamp() OR l.until IS NULL AND EXISTS (SELECT FROM `+s.schema+`.members m WHERE m.id = l.member AND m.until > clock_timestamp())), false)
+			FROM (SELECT name FROM `+s.schema+`.checkpoints UNION SELECT name FROM `+s.schema+`.leases) n
+			LEFT JOIN `+s.schema+`.checkpoints c ON c.name = n.name LEFT JOIN `+s.schema+`.leases l ON l.name = n.name ORDER BY n.name COLLATE "C"`)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		for rows.Next() {
+			var one projection.NamedCheckpoint
+			var checkpointEpoch, position, leaseEpoch int64
+			var until *time.Time
+			if err := rows.Scan(&one.Name, &one.Checkpoint.Log, &checkpointEpoch, &position, &one.Lease.Owner, &leaseEpoch, &until, &one.Held); err != nil {
+				return err
+			}
+			one.Checkpoint.Epoch, one.Checkpoint.Position = uint64(checkpointEpoch), eventstore.Position(position)
+			if leaseEpoch > 0 {
+				one.Lease.Name, one.Lease.Epoch = one.Name, uint64(leaseEpoch)
+				if until != nil {
+					one.Lease.Until = until.UTC()
+				}
+			}
+			all = append(all, one)
+		}
+		return rows.Err()
+	})
+	return all, err
 }

@@ -60,7 +60,9 @@ var (
 	_ eventstore.Enqueuer   = (*Store)(nil)
 	_ eventstore.Identified = (*Store)(nil)
 	_ projection.State      = (*Store)(nil)
-	_ io.Closer             = (*Store)(nil)
+
+	_ projection.CheckpointLister = (*Store)(nil)
+	_ io.Closer                   = (*Store)(nil)
 )
 
 // Option is a setting of [Open], [OpenPool], [URL] and [Pool].
@@ -86,11 +88,15 @@ type settings struct {
 	deaf     bool              // LISTEN is not used
 	leaseTTL time.Duration     // how long a process lives without a heartbeat
 	steps    []Migration
+	unlocked bool // formCopy takes no lock
 }
+
+// DefaultSchema is where a log lives unless [Schema] says otherwise.
+const DefaultSchema = "deed"
 
 func defaults() settings {
 	return settings{
-		schema:       "deed",
+		schema:       DefaultSchema,
 		migrate:      true,
 		readers:      8,
 		patience:     30 * time.Second,
@@ -378,6 +384,7 @@ func (s *Store) prepare(ctx context.Context) error {
 		"default_transaction_isolation": "read committed",
 		// A process that is stopped or unreachable must not keep the lock.
 		"idle_in_transaction_session_timeout": "5s",
+		"lock_timeout":                        "3s", // whoever waits longer looks for a holder that was stopped
 		"tcp_keepalives_idle":                 "5",
 		"tcp_keepalives_interval":             "2",
 		"tcp_keepalives_count":                "3",

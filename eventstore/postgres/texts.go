@@ -4,13 +4,13 @@ import "strings"
 
 // texts are the statements whose form does not vary, for one schema.
 type texts struct {
-	head, lastEvent        string
-	delta, heads, receipts string
-	appendEvents           string
-	copyEvents, copyTags   string
-	copyKeys, lock, lockAt string
-	newest, notify         string
-	countKinds             string
+	head, lastEvent           string
+	delta, heads, receipts    string
+	appendEvents              string
+	copyEvents, copyTags      string
+	copyKeys, lock, lockFirst string
+	newest, notify            string
+	countKinds                string
 }
 
 func newTexts(schema string) texts {
@@ -29,8 +29,11 @@ func newTexts(schema string) texts {
 		copyTags:     with(";COPY {schema}.tags (tag, position, kind) FROM STDIN (FORMAT binary)"),
 		copyKeys:     with(";COPY {schema}.keys (key, fingerprint, first, last) FROM STDIN (FORMAT binary)"),
 		lock:         with("SELECT {schema}.lock_log($1)"),
-		lockAt:       with("SELECT {schema}.lock_log_at(%d, %d)"),
+		lockFirst:    "SELECT pg_advisory_xact_lock(%d)",
 		newest:       with("SELECT id FROM {schema}.events ORDER BY position DESC LIMIT 1"),
+		written: with(`SELECT n.id::uuid, e.position, e.version FROM unnest($2::text[], $3::int[]) AS n (id, size)
+			JOIN {schema}.events f ON f.position > $1 AND f.id = n.id::uuid
+			JOIN {schema}.events e ON e.position >= f.position AND e.position < f.position + n.size ORDER BY e.position`),
 		countKinds:   with("SELECT count(*)::int FROM {schema}.kinds"),
 		notify:       "SELECT pg_notify($1, $2)",
 	}

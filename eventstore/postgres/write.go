@@ -21,8 +21,10 @@ import (
 type form uint8
 
 const (
-	// formCopy sends everything in one message: take the lock, check that the log
-	// ends where the ledger does, COPY. The fastest, as long as nobody else writes.
+	// formCopy sends everything in one message: take the lock, COPY. Where the log
+	// does not end where the ledger does, the first position is taken, since there
+	// are no holes, and the primary key refuses the batch. The fastest, as long as
+	// nobody else writes.
 	formCopy form = iota + 1
 	// formFunction calls one function, which moves the batch behind what others
 	// have written, if that does not concern it. The server takes the lock only
@@ -117,14 +119,15 @@ func (c *committer) write(b *batch, how form) (*landing, error) {
 			b.restless++
 		}
 		return nil, err
-	case codeStale:
-		b.restless++
-		return nil, c.lookup(b, &questions{refresh: true})
 	case codeRewound:
 		return nil, fmt.Errorf("%w: %w", eventstore.ErrGap, err)
 	case codeIsolation:
 		return nil, fmt.Errorf("%w: %w", eventstore.ErrInvalid, err)
 	case "23505":
+		if how == formCopy && positionTaken(err) && !c.s.settings.unlocked {
+			b.restless++
+			return nil, c.lookup(b, &questions{refresh: true})
+		}
 		// Something that was taken for new is not: a stream, a key, or a position,
 		// where somebody writes without the lock.
 		c.s.meter.collided()
@@ -139,13 +142,25 @@ func (c *committer) write(b *batch, how form) (*landing, error) {
 	return nil, err
 }
 
+// positionTaken reports whether it was a position that somebody else has used.
+func positionTaken(err error) bool {
+	answer, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && answer.ConstraintName == "events_pkey"
+}
+
 // mostCollisions ends a batch that meets the same wall again and again.
 const mostCollisions = 100
 
 // answered reports whether the server has said that nothing was written.
 func answered(err error) bool {
 	answer, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && answer.Severity == "ERROR"
+	if !ok || broken(err) {
+		return false // a pooler has errors, too, for servers that it has lost
+	}
+	if answer.SeverityUnlocalized != "" {
+		return answer.SeverityUnlocalized == "ERROR"
+	}
+	return answer.Severity == "ERROR"
 }
 
 // copyMessages returns the query that writes the batch, with statements before
@@ -208,8 +223,11 @@ func (c *committer) copyMessages(b *batch, before, after string) []byte {
 
 // copyAt writes the batch in one message.
 func (c *committer) copyAt(b *batch) (*landing, error) {
-	text := fmt.Sprintf(c.s.texts.lockAt, c.s.lock, int64(c.l.known))
-	b.trying()
+	text := fmt.Sprintf(c.s.texts.lockFirst, c.s.lock)
+	if c.s.settings.unlocked {
+		text = "SELECT 0"
+	}
+	b.trying(c.l.known)
 	answer, err := c.exchange(c.copyMessages(b, text, ""))
 	if err != nil {
 		if answered(err) {
@@ -248,21 +266,17 @@ func (c *committer) exchange(message []byte) (exchanged, error) {
 	for {
 		answer, err := conn.ReceiveMessage(context.Background())
 		if err != nil {
-			if failure == nil {
-				failure = err
+			if failure == nil || answered(failure) {
+				failure = err // the connection has to be made anew, whatever the answer was
 			}
 			c.hangUp()
 			return out, failure
 		}
 		switch m := answer.(type) {
 		case *pgproto3.DataRow:
-			// The only rows are those of the lock: how long it took, as text.
-			if len(m.Values) == 1 {
-				var waited int64
-				_, _ = fmt.Sscan(string(m.Values[0]), &waited)
-				out.wait = time.Duration(waited) * time.Microsecond
-				locked = time.Now()
-			}
+			// The only row is that of the lock.
+			locked = time.Now()
+			out.wait = locked.Sub(began)
 		case *pgproto3.ErrorResponse:
 			if failure == nil {
 				failure = pgconn.ErrorResponseToPgError(m)
@@ -282,7 +296,7 @@ func (c *committer) call(b *batch) (*landing, error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.s.base), answerTimeout)
 	defer cancel()
 	began := time.Now()
-	b.trying()
+	b.trying(c.l.known)
 	result, err := c.s.callAppend(ctx, c.conn, b, c.l.known, func() {
 		if sent := c.s.settings.sent; sent != nil {
 			sent()
@@ -307,13 +321,12 @@ func (c *committer) call(b *batch) (*landing, error) {
 		return nil, err
 	}
 	if !result.written {
-		before := c.l.known
 		b.forgetKeys()
 		if err := c.s.enterForeign(c.l, result.delta); err != nil {
 			return nil, err
 		}
 		b.fresh = true
-		return nil, c.recover(ctx, b, before)
+		return nil, nil
 	}
 	done := &landing{head: result.head, delta: result.delta, foreign: len(result.delta) > 0, wait: result.wait}
 	done.hold = max(0, time.Since(began)-result.wait)
@@ -352,7 +365,7 @@ func (s *Store) callAppend(ctx context.Context, conn *pgx.Conn, b *batch, known 
 	if s.settings.pooled {
 		reader = conn.PgConn().ExecParams(ctx, s.texts.appendEvents, values, oids, formats, binaryFormat)
 	} else {
-		description, err := conn.Prepare(ctx, "append", s.texts.appendEvents)
+		description, err := conn.Prepare(ctx, s.texts.appendEvents, s.texts.appendEvents)
 		if err != nil {
 			return called{}, err
 		}
@@ -522,9 +535,7 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	rollback := func(err error) (*landing, error) {
 		if _, failed := c.conn.Exec(ctx, "ROLLBACK"); failed != nil {
 			c.hangUp()
-			if err == nil {
-				err = failed
-			}
+			err = failed // the connection has to be made anew, whatever was before
 		}
 		return nil, err
 	}
@@ -544,7 +555,7 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	if err := l.settle(c.l, b, &questions{}); err != nil {
 		return rollback(err)
 	}
-	if err := c.recover(ctx, b, before); err != nil {
+	if err := c.recover(b); err != nil {
 		return rollback(err)
 	}
 	if len(b.entries) == 0 {
@@ -577,7 +588,7 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	if len(b.winners) == 0 {
 		return rollback(nil)
 	}
-	b.trying()
+	b.trying(c.l.known)
 	_, err := c.exchange(c.copyMessages(b, "SELECT", ";COMMIT"))
 	if err != nil {
 		if answered(err) {

@@ -72,20 +72,6 @@ BEGIN
   RETURN extract(epoch FROM clock_timestamp() - began) * 1000000;
 END $$;
 
--- Takes the lock and fails unless the log ends at the known position.
-CREATE FUNCTION {schema}.lock_log_at(lock bigint, known bigint) RETURNS bigint
-LANGUAGE plpgsql AS $$
-DECLARE
-  waited bigint := {schema}.lock_log(lock);
-  head   bigint;
-BEGIN
-  SELECT max(position) INTO head FROM {schema}.events;
-  IF coalesce(head, 0) <> known THEN
-    RAISE EXCEPTION 'the log ends at position %, not at %', coalesce(head, 0), known USING ERRCODE = 'DE001';
-  END IF;
-  RETURN waited;
-END $$;
-
 -- Writes a batch that was judged on the log up to the known position, in one
 -- round trip, also when others have written since: if nothing that the batch
 -- relies on was touched, the events move up behind the new head. Otherwise
@@ -112,13 +98,20 @@ CREATE FUNCTION {schema}.append_events(
 ) RETURNS TABLE (r_position bigint, r_version bigint, r_kind int, r_id uuid, r_stream text, r_tags text[])
 LANGUAGE plpgsql
 -- A plan that was made while the tables were empty would scan them for ever.
-SET enable_seqscan = off SET jit = off
+SET enable_seqscan = off SET jit = off SET lock_timeout = '3s'
 AS $$
 DECLARE
-  waited  bigint := {schema}.lock_log(lock);
+  began   timestamptz := clock_timestamp();
+  waited  bigint;
   head    bigint;
   touched boolean := false;
 BEGIN
+  IF current_setting('transaction_isolation') <> 'read committed' THEN
+    RAISE EXCEPTION 'deed appends need READ COMMITTED, this transaction is %', upper(current_setting('transaction_isolation'))
+      USING ERRCODE = 'DE002', HINT = 'begin the transaction with ISOLATION LEVEL READ COMMITTED';
+  END IF;
+  PERFORM pg_advisory_xact_lock(lock);
+  waited := extract(epoch FROM clock_timestamp() - began) * 1000000;
   SELECT coalesce(max(e.position), 0) INTO head FROM {schema}.events e;
   IF head < known THEN
     RAISE EXCEPTION 'the log ends at position %, but position % was written before', head, known USING ERRCODE = 'DE003';
