@@ -352,7 +352,8 @@ func (a *App) Now() time.Time { return a.clock.Now() }
 // as it is, asks for: every projection has caught up and no saga can run. Work
 // that waits for a later time does not count, nor do sagas that are blocked and
 // events that were set aside: Sagas().List and Projections().Status show them.
-// It fails if a projection, saga or reaction has stopped for good. While others
+// Work that another process does is waited for too, by what that one stores of
+// its progress, about every second. It fails if a projection, saga or reaction has stopped for good. While others
 // keep appending, it keeps waiting.
 func (a *App) Settle(ctx context.Context) error {
 	a.mu.Lock()

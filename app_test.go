@@ -349,3 +349,47 @@ func TestApp_Run(t *testing.T) {
 	cancel()
 	require.NoError(t, <-ended)
 }
+
+// Two nodes on one store: either of them answers what the other one has just
+// written, and when one stops, the other carries on what it did.
+func TestApp_TwoNodes(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memory.New()
+		nodes := []*deed.App{
+			start(t, eventstore.Opened(store), loans, shelf, due()),
+			start(t, eventstore.Opened(store), loans, shelf, due()),
+		}
+		lend := func(book string) {
+			for i, node := range nodes {
+				receipt, err := deed.Execute(t.Context(), node, loans, Lend{fmt.Sprint(book, i), 60})
+				require.NoError(t, err)
+				for _, reader := range nodes {
+					row, err := query.Get(t.Context(), reader, shelf, fmt.Sprint(book, i), query.AtLeast(receipt))
+					require.NoError(t, err)
+					require.True(t, row.Lent)
+				}
+			}
+		}
+		lend("one")
+		for _, node := range nodes {
+			require.NoError(t, node.Settle(t.Context()))
+		}
+		require.NoError(t, nodes[0].Stop(t.Context()))
+		nodes = nodes[1:]
+		lend("two")
+		require.NoError(t, nodes[0].Settle(t.Context()))
+		time.Sleep(61 * 24 * time.Hour)
+		require.NoError(t, nodes[0].Settle(t.Context()))
+		for _, book := range []string{"one0", "one1", "two0"} {
+			row, err := query.Get(t.Context(), nodes[0], shelf, book)
+			require.NoError(t, err)
+			require.Equal(t, 1, row.Reminders, book)
+		}
+		again := start(t, eventstore.Opened(store), loans, shelf, due())
+		require.NoError(t, again.Settle(t.Context()))
+		status, err := again.Projections().Status(t.Context())
+		require.NoError(t, err)
+		require.Equal(t, projection.PhaseStandby, status[0].Phase)
+	})
+}

@@ -114,6 +114,10 @@ func (a *activation[S]) resolveBoundary(c eventstore.Commit, after eventstore.Po
 	r.count(r.unknowns, 1, a.stream.Category)
 	if c.Key != "" {
 		receipt, err := r.result(r.enqueue(r.life, c))
+		if errors.Is(err, eventstore.ErrUnavailable) {
+			// Nothing was written now; what became of the first try is as unknown as before.
+			return receipt, errors.Join(cause, err)
+		}
 		if err == nil && receipt.Duplicate && a.holds(receipt, c.Events[0].ID) {
 			receipt.Duplicate = false // the first try was written after all
 		}

@@ -108,6 +108,9 @@ func (r *runner) deadLetters(ctx context.Context) ([]DeadLetter, error) {
 //
 // Within a stream no event overtakes another. Rows that several streams share
 // get the replayed events after those that have been folded meanwhile.
+//
+// When another process runs the projection nothing is replayed, and the error
+// wraps [ErrLeaseHeld] and names the owner: ask that one.
 func (e *Engine) ReplayDeadLetters(ctx context.Context, name string) (replayed int, err error) {
 	r, err := e.runner(name)
 	if err != nil {
@@ -164,7 +167,7 @@ func (r *runner) replayOne(ctx context.Context, lease Lease, d DeadLetter) error
 		return fmt.Errorf("%w: no event of stream %q at position %d, where a dead letter was", ErrWrongLog, d.Stream, d.Position)
 	}
 	r.folder.decode(&items[0])
-	_, err := r.folder.apply(ctx, items, func(tx StateTx, _ int) error {
+	_, err := r.folder.apply(ctx, lease, items, func(tx StateTx, _ int) error {
 		if err := tx.Fence(lease); err != nil {
 			return err
 		}

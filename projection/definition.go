@@ -45,9 +45,10 @@ type folder interface {
 	// setup prepares the tables; it is called at every start.
 	setup(ctx context.Context, tx StateTx) error
 	// apply folds the first n of the items, n > 0 unless items is empty, and
-	// commits them in one update together with what seal(tx, n) writes. A
+	// commits them in one update, fenced by the lease before it reads or writes
+	// anything, together with what seal(tx, n) writes, which fences too. A
 	// *handlerError says that nothing was committed because of that item.
-	apply(ctx context.Context, items []item, seal func(tx StateTx, n int) error) (n int, err error)
+	apply(ctx context.Context, lease Lease, items []item, seal func(tx StateTx, n int) error) (n int, err error)
 	// forget drops whatever is remembered of rows.
 	forget()
 	// fresh says that the projection starts with no rows.

@@ -46,7 +46,18 @@
 // after the cause was removed.
 //
 // A failing database is not the event's fault, also within a handler
-// ([ErrUnavailable]): it is tried again until it answers. A worker that lost its lease to another stops, with [ErrFenced].
+// ([ErrUnavailable]): it is tried again until it answers.
+//
+// # Several processes on one database
+//
+// Each projection is run by one engine at a time, which has its lease; the
+// others stand by ([PhaseStandby]) and one of them takes over when that one
+// stops or is gone. Whoever stands by follows the checkpoint that the owner
+// stores beside the rows, so [Engine.WaitFor], [Engine.Status] and queries that
+// ask for a position work there as well. An owner that was paused for so long
+// that another one has its lease cannot commit any more ([ErrFenced]): it drops
+// what it knows and stands by. [Engine.Rebuild] and [Engine.ReplayDeadLetters]
+// are for the owner; elsewhere they fail with [ErrLeaseHeld].
 //
 // # State
 //

@@ -39,7 +39,8 @@ type Options struct {
 	// Logger hears of retries, dead letters and stops. Defaults to slog.Default().
 	Logger *slog.Logger
 	// Owner names this engine in leases. Defaults to a random name. An engine with
-	// the name of an earlier one takes its leases over.
+	// the name of an earlier one takes its leases over, once: who was fenced waits
+	// its turn like any other.
 	Owner string
 
 	// BatchEvents is how many events a view folds at most before it writes its
@@ -114,14 +115,25 @@ type Engine struct {
 	state     State
 	options   Options
 	telemetry *telemetry
+	noteAfter time.Duration
 
 	mu      sync.Mutex
 	runners []*runner
 }
 
+// A checkpoint that lags behind what a projection has passed is written after a
+// while: soon where other processes wait for it.
+const (
+	noteAfter       = time.Second
+	noteAfterShared = 50 * time.Millisecond
+)
+
 // NewEngine returns an engine without projections.
 func NewEngine(store eventstore.Store, state State, o Options) *Engine {
-	e := &Engine{store: store, state: state, options: o.withDefaults()}
+	e := &Engine{store: store, state: state, options: o.withDefaults(), noteAfter: noteAfter}
+	if Shared(state) {
+		e.noteAfter = noteAfterShared
+	}
 	e.telemetry = newTelemetry(&e.options)
 	return e
 }
@@ -185,9 +197,10 @@ func (e *Engine) Workers() []worker.Worker {
 // State returns where the rows are.
 func (e *Engine) State() State { return e.state }
 
-// WaitFor returns when the projection's rows contain everything up to p. The
-// error is ctx's when that ends first, one wrapping [ErrStopped] when the
-// projection has stopped, or [ErrNotRegistered].
+// WaitFor returns when the projection's rows contain everything up to p, also
+// when it is another process that runs the projection. The error is ctx's when
+// that ends first, one wrapping [ErrStopped] when the projection has stopped, or
+// [ErrNotRegistered].
 func (e *Engine) WaitFor(ctx context.Context, name string, p eventstore.Position) error {
 	r, err := e.runner(name)
 	if err != nil {
@@ -212,7 +225,8 @@ func (e *Engine) Contains(tx StateTx, name string, p eventstore.Position) (bool,
 }
 
 // Reached returns the position up to which the projection's rows are the fold
-// of the log, as far as this engine has brought them; 0 before it runs.
+// of the log, as far as this engine has brought them or, standing by, has last
+// seen them; 0 before it runs.
 func (e *Engine) Reached(name string) (eventstore.Position, error) {
 	r, err := e.runner(name)
 	if err != nil {
@@ -234,6 +248,9 @@ const (
 	PhaseLive Phase = "live"
 	// PhaseRetrying: something failed and is tried again at [Status.RetryAt].
 	PhaseRetrying Phase = "retrying"
+	// PhaseStandby: another engine, perhaps in another process, has the lease and
+	// runs it; this one takes over when that stops.
+	PhaseStandby Phase = "standby"
 )
 
 // Status is how a projection is doing.
@@ -248,7 +265,8 @@ type Status struct {
 	// Lag is the age, by the engine's clock, of the oldest event not yet
 	// considered: how stale the rows can be. 0 when there is none.
 	Lag time.Duration
-	// Err is the last error, also when it has been overcome, and ErrAt its time.
+	// Err is the last error, also when it has been overcome, and ErrAt its time. It
+	// wraps [ErrFenced] when that was losing the lease to another owner.
 	Err   error
 	ErrAt time.Time
 	// RetryAt is when what failed is tried again.
@@ -279,7 +297,7 @@ func (r *runner) status(ctx context.Context, head eventstore.Position) (Status, 
 	s, started := r.progress.status()
 	s.Name = r.projection.Name()
 	err := r.engine.state.View(ctx, func(tx StateTx) error {
-		if !started {
+		if !started || s.Phase == PhaseStandby {
 			c, err := tx.Checkpoint(r.leaseName())
 			if err != nil {
 				return err
@@ -317,7 +335,9 @@ func (r *runner) status(ctx context.Context, head eventstore.Position) (Status, 
 //
 // Dead letters are dropped: their events get their turn again.
 //
-// A projection that does not run is only emptied; it fills when it runs.
+// A projection that does not run is only emptied; it fills when it runs. One
+// that another process runs is left alone, with an error wrapping
+// [ErrLeaseHeld] that names the owner: ask that one.
 func (e *Engine) Rebuild(ctx context.Context, name string) error {
 	r, err := e.runner(name)
 	if err != nil {

@@ -145,6 +145,15 @@ func (r *running) caughtUp(t testing.TB, store eventstore.Store, names ...string
 	}
 }
 
+// status is that of the only projection.
+func (r *running) status(t testing.TB) projection.Status {
+	t.Helper()
+	all, err := r.Status(context.Background())
+	require.NoError(t, err)
+	require.Len(t, all, 1)
+	return all[0]
+}
+
 func rows[R any](t testing.TB, state projection.State, view *projection.ViewDefinition[R]) map[string]R {
 	t.Helper()
 	all := map[string]R{}

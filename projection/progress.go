@@ -25,6 +25,9 @@ type progress struct {
 	retryAt time.Time // while retrying
 	wake    chan struct{}
 	waiters []waiter
+	// wanted says that there is a new waiter, doubted that rows were seen which
+	// contain less than is said here. Whoever runs the projection listens, or not.
+	wanted, doubted chan struct{}
 }
 
 type waiter struct {
@@ -34,7 +37,18 @@ type waiter struct {
 }
 
 func newProgress(name string) *progress {
-	return &progress{name: name, phase: PhaseStopped, wake: make(chan struct{}, 1)}
+	return &progress{
+		name: name, phase: PhaseStopped,
+		wake: make(chan struct{}, 1), wanted: make(chan struct{}, 1), doubted: make(chan struct{}, 1),
+	}
+}
+
+// poke signals without waiting.
+func poke(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
 
 // verdict says whether a waiter is done, and with what.
@@ -62,6 +76,7 @@ func (p *progress) wait(ctx context.Context, through eventstore.Position, settle
 	w.done = make(chan error, 1)
 	p.waiters = append(p.waiters, w)
 	p.mu.Unlock()
+	poke(p.wanted)
 	select {
 	case err := <-w.done:
 		return err
@@ -104,7 +119,32 @@ func (p *progress) contains(checkpoint, through eventstore.Position) bool {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.started && p.through >= through && checkpoint >= p.stored
+	if !p.started || p.through < through {
+		return false
+	}
+	if checkpoint < p.stored {
+		// The snapshot is old, or somebody else has emptied the rows.
+		poke(p.doubted)
+		return false
+	}
+	return true
+}
+
+// awaited reports whether anybody waits for more than is known.
+func (p *progress) awaited() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.waiters) > 0
+}
+
+// observe notes what the owner of the projection, which is another one, has
+// stored: no more is known about it, and no less. It reports whether that is news.
+func (p *progress) observe(stored eventstore.Position) (news bool) {
+	p.change(func() {
+		news = !p.started || p.stored != stored
+		p.started, p.through, p.stored, p.phase = true, stored, stored, PhaseStandby
+	})
+	return news
 }
 
 // emptying says that the rows are about to be removed: nobody may rely on them
@@ -151,8 +191,5 @@ func (p *progress) due(now time.Time) {
 
 func (p *progress) endPause() {
 	p.retryAt, p.phase = time.Time{}, PhaseCatchingUp
-	select {
-	case p.wake <- struct{}{}:
-	default:
-	}
+	poke(p.wake)
 }

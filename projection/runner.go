@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
+	"github.com/google/uuid"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 
@@ -23,6 +25,11 @@ type runner struct {
 	requests chan request
 
 	// What follows belongs to whoever has the token.
+	owner  string
+	losses int     // of the lease in a row, each soon after it was acquired
+	held   Lease   // the last one, as long as it may have to be released
+	asked  request // done is nil: nothing
+	logID  string  // once known
 	folder folder
 	parked map[eventstore.Stream]struct{}
 	stored Checkpoint // as last written
@@ -51,6 +58,7 @@ func newRunner(e *Engine, p Projection) *runner {
 		projection: p,
 		progress:   newProgress(p.Name()),
 		attributes: metric.WithAttributeSet(attribute.NewSet(nameAttribute(p))),
+		owner:      e.options.Owner,
 		owning:     make(chan struct{}, 1),
 		requests:   make(chan request),
 	}
@@ -107,26 +115,212 @@ func (r *runner) Run(ctx context.Context) (err error) {
 			}
 		})
 	}()
-	lease, err := r.engine.state.Acquire(ctx, r.leaseName(), r.engine.options.Owner, 0)
+	r.failed, r.losses = 0, 0
+	defer r.engine.telemetry.observeLag(r)()
+	for {
+		lease, err := r.acquire(ctx)
+		began := time.Now()
+		if err == nil {
+			err = r.own(ctx, lease)
+		}
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case !errors.Is(err, ErrFenced):
+			return err
+		}
+		r.lose(ctx, err)
+		if r.losses++; time.Since(began) >= acquireEvery {
+			r.losses = 1
+		}
+		if r.losses > 1 {
+			// Whatever it is that takes it away again: not as fast as possible.
+			if err := r.standBy(ctx); err != nil && ctx.Err() == nil {
+				return err
+			}
+		}
+	}
+}
+
+// acquire waits for the lease, standing by while another owner has it.
+func (r *runner) acquire(ctx context.Context) (Lease, error) {
+	for told, failures := false, 0; ; {
+		lease, err := r.tryAcquire(ctx)
+		if err == nil {
+			return lease, nil
+		}
+		r.refuse(ctx, err)
+		switch {
+		case ctx.Err() != nil || final(err):
+			return Lease{}, err
+		case errors.Is(err, ErrLeaseHeld):
+			if !told {
+				r.engine.options.Logger.Info("projection stands by", "projection", r.projection.Name(), "reason", err)
+				told = true
+			}
+			failures = 0
+			err = r.standBy(ctx)
+		default:
+			failures++
+			err = r.pause(ctx, Lease{}, err, failures)
+		}
+		if err != nil {
+			return Lease{}, err
+		}
+	}
+}
+
+func (r *runner) tryAcquire(ctx context.Context) (Lease, error) {
+	if err := r.release(ctx); err != nil {
+		return Lease{}, err
+	}
+	lease, err := r.engine.state.Acquire(ctx, r.leaseName(), r.owner, 0)
 	if err != nil {
+		return Lease{}, err
+	}
+	r.held = lease
+	return lease, nil
+}
+
+// release gives up the lease that was held last: it may be this runner's still,
+// also after it was fenced, for then the checkpoint alone may have moved on.
+func (r *runner) release(ctx context.Context) error {
+	if r.held.Epoch == 0 {
+		return nil
+	}
+	if err := r.engine.state.Release(context.WithoutCancel(ctx), r.held); err != nil {
 		return err
 	}
-	defer func() {
-		if release := r.engine.state.Release(context.WithoutCancel(ctx), lease); err == nil && ctx.Err() == nil {
-			err = release
+	r.held = Lease{}
+	return nil
+}
+
+// lose drops everything that is known when another owner has taken over.
+func (r *runner) lose(ctx context.Context, cause error) {
+	r.engine.telemetry.fenced.Add(ctx, 1, r.attributes)
+	r.engine.options.Logger.Warn("projection lost its lease to another owner", "projection", r.projection.Name(), "error", cause)
+	// The name that takes leases over has served: were two engines of one name
+	// alive, they would take it from one another for ever.
+	r.owner = r.engine.options.Owner + "/" + uuid.NewString()
+	r.failed, r.folder, r.stored, r.parked, r.live = 0, nil, Checkpoint{}, nil, false
+	now := r.engine.options.Clock.Now()
+	r.progress.change(func() {
+		r.progress.started, r.progress.through, r.progress.stored = false, 0, 0
+		r.progress.phase, r.progress.lastErr, r.progress.errAt = PhaseStandby, cause, now
+	})
+}
+
+// How often whoever stands by tries to acquire the lease, and looks at what the
+// owner has stored while somebody waits for it: at first every lookAtFirst, and
+// more seldom the longer nothing happens.
+const (
+	acquireEvery = time.Second
+	lookAtFirst  = 5 * time.Millisecond
+	lookAtLast   = 100 * time.Millisecond
+)
+
+// standBy follows what the owner of the projection stores. It returns when it
+// is time to try to acquire the lease: after about a second, or at once when
+// somebody asks for something.
+func (r *runner) standBy(ctx context.Context) error {
+	try := time.NewTimer(acquireEvery - acquireEvery/10 + rand.N(acquireEvery/5))
+	defer try.Stop()
+	look := time.NewTimer(0)
+	defer look.Stop()
+	r.progress.change(func() { r.progress.phase = PhaseStandby })
+	pace, looked := lookAtFirst, time.Time{}
+	hurry := func() {
+		pace = lookAtFirst
+		look.Reset(lookAtFirst - time.Since(looked))
+	}
+	for {
+		select {
+		case <-look.C:
+			news, err := r.observe(ctx)
+			if err != nil && (ctx.Err() != nil || final(err)) {
+				return err // anything else will show when acquiring
+			}
+			looked = time.Now()
+			if news {
+				pace = lookAtFirst
+			}
+			if r.progress.awaited() {
+				look.Reset(pace)
+				pace = min(2*pace, lookAtLast)
+			}
+		case <-r.progress.wanted:
+			hurry()
+		case <-r.progress.doubted:
+			hurry()
+		case r.asked = <-r.requests:
+			return nil
+		case <-try.C:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
 		}
-	}()
+	}
+}
+
+// observe reads how far the owner has come.
+func (r *runner) observe(ctx context.Context) (news bool, err error) {
+	if r.logID == "" {
+		if r.logID, err = eventstore.LogID(ctx, r.engine.store); err != nil {
+			return false, err
+		}
+	}
+	var c Checkpoint
+	err = r.engine.state.View(ctx, func(tx StateTx) error {
+		var err error
+		c, err = tx.Checkpoint(r.leaseName())
+		return err
+	})
+	if err == nil {
+		err = c.fits(r.logID)
+	}
+	if err != nil {
+		return false, err
+	}
+	return r.progress.observe(c.Position), nil
+}
+
+// refuse answers what was asked of a projection that this runner does not own.
+func (r *runner) refuse(ctx context.Context, err error) {
+	if r.asked.done == nil {
+		return
+	}
+	switch {
+	case ctx.Err() != nil:
+		err = fmt.Errorf("%w: %q", ErrStopped, r.projection.Name())
+	case errors.Is(err, ErrLeaseHeld):
+		err = runsElsewhere(err)
+	}
+	r.asked.done <- err
+	r.asked = request{}
+}
+
+func runsElsewhere(held error) error {
+	return fmt.Errorf("%w: another process runs the projection: ask that one, or stop it", held)
+}
+
+// own runs the projection until ctx ends, the lease is lost, or an error for good.
+func (r *runner) own(ctx context.Context, lease Lease) error {
+	defer func() { _ = r.release(ctx) }()
 	r.folder = r.projection.open(r.engine.state, &r.engine.options)
-	r.failed = 0
-	defer r.engine.telemetry.observeLag(r)()
+	if q := r.asked; q.done != nil {
+		r.asked = request{}
+		if err := r.serve(ctx, lease, q); errors.Is(err, ErrFenced) {
+			return err
+		}
+	}
 	for {
 		err := r.follow(ctx, lease)
 		switch {
 		case ctx.Err() != nil:
-			return nil
+			return ctx.Err()
 		case errors.Is(err, errRestart):
 			continue
-		case final(err):
+		case errors.Is(err, ErrFenced), final(err):
 			return err
 		}
 		r.failed++
@@ -142,7 +336,7 @@ func final(err error) bool {
 		return false
 	}
 	for _, target := range []error{
-		ErrFenced, ErrLeaseHeld, ErrWrongLog, errRowShape, errors.ErrUnsupported, errSetup,
+		ErrWrongLog, errRowShape, errors.ErrUnsupported, errSetup,
 		eventstore.ErrClosed, eventstore.ErrGap, eventstore.ErrNewerVersion, eventstore.ErrInvalid,
 	} {
 		if errors.Is(err, target) {
@@ -184,7 +378,14 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 			// The reader ends when it is told to; only then may the next one begin.
 		}
 	}()
-	for {
+	note := time.NewTimer(r.engine.noteAfter)
+	note.Stop()
+	defer note.Stop()
+	for noting := false; ; {
+		if !noting && r.progress.reached() > r.stored.Position {
+			note.Reset(r.engine.noteAfter)
+			noting = true
+		}
 		select {
 		case a, more := <-arrivals:
 			if !more {
@@ -198,6 +399,17 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 			}
 		case q := <-r.requests:
 			if err := r.serve(ctx, lease, q); err != nil {
+				return err
+			}
+		case <-note.C:
+			noting = false
+			if through := r.progress.reached(); through > r.stored.Position {
+				if err := r.mark(ctx, lease, through); err != nil {
+					return err
+				}
+			}
+		case <-r.progress.doubted:
+			if err := r.engine.state.Update(ctx, func(tx StateTx) error { return tx.Fence(lease) }); err != nil {
 				return err
 			}
 		case <-ctx.Done():
@@ -218,48 +430,50 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 	if err != nil {
 		return err
 	}
-	r.stored, r.parked = Checkpoint{}, map[eventstore.Stream]struct{}{}
-	err = r.engine.state.View(ctx, func(tx StateTx) error {
+	r.logID, r.stored, r.live = id, Checkpoint{}, false
+	r.folder.forget()
+	// The checkpoint is read behind the fence: an update of this very runner whose
+	// outcome is unknown has ended by then.
+	err = r.engine.state.Update(ctx, func(tx StateTx) error {
+		if err := tx.Fence(lease); err != nil {
+			return err
+		}
 		var err error
 		if r.stored, err = tx.Checkpoint(r.leaseName()); err != nil {
 			return err
 		}
-		return r.eachDeadLetter(tx, func(d DeadLetter) { r.parked[d.Stream] = struct{}{} })
-	})
-	if err != nil {
-		return err
-	}
-	if !r.stored.IsZero() && r.stored.Log != id {
-		return fmt.Errorf("%w: it is at position %d of the log %q, but this log is %q: the database was replaced: rebuild the projection, or bring the right log back", ErrWrongLog, r.stored.Position, r.stored.Log, id)
-	}
-	if r.stored.Position > head {
-		return fmt.Errorf("%w: it is at position %d, but the log ends at %d: the database was restored from an older state: rebuild the projection, or bring the right log back", ErrWrongLog, r.stored.Position, head)
-	}
-	r.folder.forget()
-	r.live = false
-	if err := r.engine.state.Update(ctx, func(tx StateTx) error {
-		if err := tx.Fence(lease); err != nil {
+		if err := r.stored.fits(id); err != nil {
 			return err
+		}
+		if r.stored.Position > head {
+			return fmt.Errorf("%w: it is at position %d, but the log ends at %d: the database was restored from an older state: rebuild the projection, or bring the right log back", ErrWrongLog, r.stored.Position, head)
 		}
 		if err := r.folder.setup(ctx, tx); err != nil {
 			return fmt.Errorf("%w: %w", errSetup, err)
 		}
-		if r.stored.IsZero() {
-			next := Checkpoint{Log: id}
-			if err := tx.SetCheckpoint(lease, r.stored, next); err != nil {
-				return err
-			}
-			// Rows without a checkpoint are not a fold of anything.
-			if _, sql := r.projection.(*SQLDefinition); !sql {
-				return r.folder.clear(ctx, tx)
-			}
+		if !r.stored.IsZero() {
+			return nil
+		}
+		if err := tx.SetCheckpoint(lease, r.stored, Checkpoint{Log: id}); err != nil {
+			return err
+		}
+		// Rows without a checkpoint are not a fold of anything.
+		if _, sql := r.projection.(*SQLDefinition); !sql {
+			return r.folder.clear(ctx, tx)
 		}
 		return nil
-	}); err != nil {
+	})
+	if err != nil {
 		return err
 	}
 	if r.stored.IsZero() {
 		r.stored = Checkpoint{Log: id}
+	}
+	r.parked = map[eventstore.Stream]struct{}{}
+	if err := r.engine.state.View(ctx, func(tx StateTx) error {
+		return r.eachDeadLetter(tx, func(d DeadLetter) { r.parked[d.Stream] = struct{}{} })
+	}); err != nil {
+		return err
 	}
 	if r.stored.Position == 0 {
 		r.folder.fresh()
@@ -268,6 +482,14 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 		r.progress.started, r.progress.through, r.progress.stored, r.progress.phase = true, r.stored.Position, r.stored.Position, PhaseCatchingUp
 	})
 	return nil
+}
+
+// fits refuses a checkpoint of another log.
+func (c Checkpoint) fits(log string) error {
+	if c.IsZero() || c.Log == log {
+		return nil
+	}
+	return fmt.Errorf("%w: it is at position %d of the log %q, but this log is %q: the database was replaced: rebuild the projection, or bring the right log back", ErrWrongLog, c.Position, c.Log, log)
 }
 
 // read brings what the projection handles, decoded, while earlier events are
@@ -429,7 +651,7 @@ func (r *runner) park(items []item) {
 func (r *runner) commit(ctx context.Context, lease Lease, items []item, through eventstore.Position, last bool) (int, error) {
 	var next Checkpoint
 	ctx, end := r.span(ctx, len(items))
-	n, err := r.folder.apply(ctx, items, func(tx StateTx, n int) error {
+	n, err := r.folder.apply(ctx, lease, items, func(tx StateTx, n int) error {
 		next = Checkpoint{Log: r.stored.Log, Epoch: lease.Epoch, Position: items[n-1].event.Position}
 		if last && n == len(items) {
 			next.Position = through
@@ -462,7 +684,8 @@ func (r *runner) reach(c Checkpoint) {
 }
 
 // skip passes events that do not concern the projection. The checkpoint is
-// written only now and then; what is lost by a crash is to look at them again.
+// written after many of them, or a while later; what is lost by a crash is to
+// look at them again.
 func (r *runner) skip(ctx context.Context, lease Lease, through eventstore.Position) error {
 	if uint64(through-r.stored.Position) < uint64(r.engine.options.CheckpointEvery) {
 		r.progress.change(func() { r.progress.through = through })
@@ -488,15 +711,21 @@ func (r *runner) note(ctx context.Context, lease Lease) {
 	}
 }
 
+// longestOutage bounds the pauses while the database cannot be reached.
+const longestOutage = 3 * time.Second
+
 // pause waits before the next attempt, longer each time. It serves requests
 // meanwhile.
 func (r *runner) pause(ctx context.Context, lease Lease, cause error, attempt int) error {
 	o := &r.engine.options
-	delay := o.RetryAfter
-	for n := 1; n < attempt && delay < o.RetryAtMost; n++ {
+	delay, most := o.RetryAfter, o.RetryAtMost
+	if lease.Epoch == 0 || errors.Is(cause, ErrUnavailable) {
+		most = min(most, max(delay, longestOutage)) // not the projection's fault, and over at once
+	}
+	for n := 1; n < attempt && delay < most; n++ {
 		delay *= 2
 	}
-	delay = min(delay, o.RetryAtMost)
+	delay = min(delay, most)
 	r.engine.telemetry.retries.Add(ctx, 1, r.attributes)
 	now := o.Clock.Now()
 	at := now.Add(delay)
@@ -519,6 +748,10 @@ func (r *runner) pause(ctx context.Context, lease Lease, cause error, attempt in
 		case <-r.progress.wake:
 			return nil
 		case q := <-r.requests:
+			if lease.Epoch == 0 { // while acquiring it
+				q.done <- cause
+				continue
+			}
 			if err := r.serve(ctx, lease, q); err != nil {
 				return err
 			}
@@ -584,13 +817,16 @@ func (r *runner) ask(ctx context.Context, do func(ctx context.Context, lease Lea
 	case <-ctx.Done():
 		return false, ctx.Err()
 	}
-	lease, err := r.engine.state.Acquire(ctx, r.leaseName(), r.engine.options.Owner, 0)
+	lease, err := r.tryAcquire(ctx)
+	if errors.Is(err, ErrLeaseHeld) {
+		err = runsElsewhere(err)
+	}
 	if err != nil {
 		return false, err
 	}
 	r.folder = r.projection.open(r.engine.state, &r.engine.options)
 	err = r.perform(ctx, lease, q)
-	return false, errors.Join(err, r.engine.state.Release(context.WithoutCancel(ctx), lease))
+	return false, errors.Join(err, r.release(ctx))
 }
 
 // clear empties the projection: rows, dead letters and checkpoint.

@@ -151,9 +151,14 @@ func (f *sqlFolder) forget() {}
 func (f *sqlFolder) fresh()  {}
 
 // apply handles as many of the items as fit one transaction.
-func (f *sqlFolder) apply(ctx context.Context, items []item, seal func(tx StateTx, n int) error) (int, error) {
+func (f *sqlFolder) apply(ctx context.Context, lease Lease, items []item, seal func(tx StateTx, n int) error) (int, error) {
 	var done int
 	err := f.state.Update(ctx, func(tx StateTx) error {
+		// Handlers read and write: a former owner must not run beside the present one,
+		// nor hold locks that this one needs.
+		if err := tx.Fence(lease); err != nil {
+			return err
+		}
 		done = 0
 		began := time.Now()
 		for done < len(items) && done < f.most {

@@ -3,7 +3,9 @@ package projection
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
+	"strings"
 	"time"
 
 	"github.com/deed-go/deed/eventstore"
@@ -20,14 +22,24 @@ import (
 // updates durable later than appends, as long as they are atomic, keep their
 // order, and never become durable before the events they were made from.
 //
+// A state that other processes use at the same time says so with a method
+// Shared() bool, see [Shared].
+//
 // Run statetest.Run against an implementation to certify it.
 type State interface {
 	// Update runs fn in one transaction and commits when it returns nil;
 	// otherwise, and when fn panics, nothing of it remains, and fn's error is
-	// returned as it is. Updates are serialised: each sees all earlier ones. fn runs
-	// at most once and must not call the state or append to the store it belongs to,
-	// nor keep the transaction. Where the backend has one writer for events and
-	// state, appends wait while fn runs: keep it short.
+	// returned as it is. fn runs at most once and must not call the state or append
+	// to the store it belongs to, nor keep the transaction. Where the backend has
+	// one writer for events and state, appends wait while fn runs: keep it short.
+	//
+	// Updates that are fenced by the same lease are serialised from there on: what
+	// follows Fence, SetCheckpoint or DeleteCheckpoint sees every earlier update
+	// that was fenced by it, and no other one gets past its own fence before this
+	// one has ended. So fence before reading what is to be changed. Embedded
+	// backends serialise all updates. On a server, updates that are not fenced, or
+	// by different leases, may run at the same time, and then one that reads, thinks
+	// and writes can undo what another one did.
 	Update(ctx context.Context, fn func(StateTx) error) error
 	// View runs fn on a consistent snapshot of committed updates. Writing in it
 	// fails. fn must not keep the transaction, and must not call Update.
@@ -35,8 +47,10 @@ type State interface {
 
 	// Acquire takes the lease of the name for the owner, for ttl from now (0: until
 	// it is released or the process ends), and raises its epoch by one. While another
-	// owner's lease runs, the error is [ErrLeaseHeld]. An owner may acquire its own
-	// lease again: its epoch rises all the same, which fences its own earlier self.
+	// owner's lease runs, the error is [ErrLeaseHeld], which should name the owner. An
+	// owner may acquire its own lease again: its epoch rises all the same, which
+	// fences its own earlier self. An update that the lease has fenced ends before
+	// the lease is given to anybody.
 	Acquire(ctx context.Context, name, owner string, ttl time.Duration) (Lease, error)
 	// Renew extends the lease, with the same epoch. When another owner has acquired
 	// it since, or it was acquired again, the error is [ErrFenced].
@@ -61,15 +75,19 @@ type StateTx interface {
 	// log or position is not that of from.
 	SetCheckpoint(lease Lease, from, to Checkpoint) error
 	// Fence fails with [ErrFenced] if the lease is no longer the current one, for
-	// updates that move no checkpoint. The update then fails whatever its function
-	// returns; so it does after SetCheckpoint and DeleteCheckpoint have failed.
+	// updates that move no checkpoint, and for those that read before they move it.
+	// The update then fails whatever its function returns; so it does after
+	// SetCheckpoint and DeleteCheckpoint have failed. Where updates run at the same
+	// time it waits for those that the lease has fenced, until they or Update's ctx
+	// have ended. It may be called several times in one update.
 	Fence(lease Lease) error
 	// DeleteCheckpoint forgets the checkpoint named like the lease, under the same
 	// condition as Fence.
 	DeleteCheckpoint(lease Lease) error
 
 	// Get returns the value of the key in the table; false if there is none. The
-	// value must not be changed. Tables are made by the first Put.
+	// value must not be changed. Tables are made by the first Put. Keys are any
+	// bytes, not only text, but not empty; values are any bytes.
 	Get(table, key string) ([]byte, bool, error)
 	// Put sets the value of the key. The value must not be changed afterwards.
 	Put(table, key string, value []byte) error
@@ -80,6 +98,26 @@ type StateTx interface {
 	// Scan yields the rows of the table in the byte order of their keys. Changing
 	// the table while scanning it is allowed only after the loop.
 	Scan(table string, r Range) iter.Seq2[Row, error]
+}
+
+// getAll reads the rows that are there of several keys. A transaction on a
+// server reads them in one round trip, with a method GetAll like this.
+func getAll(tx StateTx, table string, keys []string, found func(i int, value []byte)) error {
+	if t, ok := tx.(interface {
+		GetAll(table string, keys []string, found func(i int, value []byte)) error
+	}); ok {
+		return t.GetAll(table, keys, found)
+	}
+	for i, key := range keys {
+		value, ok, err := tx.Get(table, key)
+		if err != nil {
+			return err
+		}
+		if ok {
+			found(i, value)
+		}
+	}
+	return nil
 }
 
 // Tx runs SQL in a transaction. Parameters are $1, $2, … on every backend, so
@@ -101,6 +139,15 @@ type Rows interface {
 	Scan(dest ...any) error
 	Err() error
 	Close() error
+}
+
+// Shared reports whether other processes may use the state at the same time as
+// this one: whether it has a method Shared() bool that says so. Whoever owns
+// background work on such a state stores soon how far it has come, because
+// others, who stand by, can know it only from there.
+func Shared(s State) bool {
+	shared, ok := s.(interface{ Shared() bool })
+	return ok && shared.Shared()
 }
 
 // Row is one row of a table of the state.
@@ -152,10 +199,78 @@ var (
 	// ErrLeaseHeld: another owner's lease runs.
 	ErrLeaseHeld = errors.New("lease is held by another owner")
 	// ErrFenced: the lease or the checkpoint has moved on; whoever gets this is no
-	// longer the owner and must stop. Nothing was committed.
+	// longer the owner and must drop what it knows. Nothing was committed.
 	ErrFenced = errors.New("fenced: another owner has taken over")
 	// ErrUnavailable: the database failed, and not because of the statement: the disk
 	// is full or broken, the connection was lost. Backends make errors of Exec, Query
 	// and Rows wrap it; what failed with it is tried again until the database answers.
-	ErrUnavailable = errors.New("the database failed")
+	// It is [eventstore.ErrUnavailable].
+	ErrUnavailable = eventstore.ErrUnavailable
 )
+
+// CheckpointLister is the optional power of a [State] to say whose checkpoints
+// and leases it keeps: for tools, which do not have the definitions.
+type CheckpointLister interface {
+	// Checkpoints returns every name that has a checkpoint or ever had a lease, in
+	// byte order.
+	Checkpoints(ctx context.Context) ([]NamedCheckpoint, error)
+}
+
+// NamedCheckpoint is what a [State] keeps under one name.
+type NamedCheckpoint struct {
+	Name string
+	// Checkpoint is the zero one when there is none.
+	Checkpoint Checkpoint
+	// Lease is the last one given; its epoch is 0 when there never was one.
+	Lease Lease
+	// Held says that the lease still runs, by the backend's clock.
+	Held bool
+}
+
+// Stored is what a [State] tells about a projection, without its definition.
+type Stored struct {
+	// Name is the projection's.
+	Name       string
+	Checkpoint Checkpoint
+	// Lease is the last one given, and Held says that it still runs: that somebody
+	// has the projection.
+	Lease Lease
+	Held  bool
+	// DeadLetters is the number of events set aside.
+	DeadLetters int
+}
+
+// Inspect lists the projections that the state knows, in the order of their
+// names: for tools, which do not have the definitions. An error wrapping
+// errors.ErrUnsupported says that the state is no [CheckpointLister].
+func Inspect(ctx context.Context, s State) ([]Stored, error) {
+	lister, ok := s.(CheckpointLister)
+	if !ok {
+		return nil, fmt.Errorf("list the checkpoints of %T: %w", s, errors.ErrUnsupported)
+	}
+	known, err := lister.Checkpoints(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var all []Stored
+	err = s.View(ctx, func(tx StateTx) error {
+		all = nil
+		for _, k := range known {
+			// As runner.leaseName and runner.deadTable name them.
+			name, ok := strings.CutPrefix(k.Name, "projection.")
+			if !ok {
+				continue
+			}
+			one := Stored{Name: name, Checkpoint: k.Checkpoint, Lease: k.Lease, Held: k.Held}
+			for _, err := range tx.Scan("projection.dead."+name, Range{}) {
+				if err != nil {
+					return err
+				}
+				one.DeadLetters++
+			}
+			all = append(all, one)
+		}
+		return nil
+	})
+	return all, err
+}

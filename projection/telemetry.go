@@ -19,6 +19,7 @@ type telemetry struct {
 	events      metric.Int64Counter
 	retries     metric.Int64Counter
 	deadLetters metric.Int64Counter
+	fenced      metric.Int64Counter
 	lagEvents   metric.Int64ObservableGauge
 	lag         metric.Float64ObservableGauge
 }
@@ -28,6 +29,7 @@ func newTelemetry(o *Options) *telemetry {
 	t.events, _ = t.meter.Int64Counter("deed.projection.events", metric.WithDescription("events folded"))
 	t.retries, _ = t.meter.Int64Counter("deed.projection.retries", metric.WithDescription("pauses before another attempt"))
 	t.deadLetters, _ = t.meter.Int64Counter("deed.projection.dead_letters", metric.WithDescription("events that failed for good"))
+	t.fenced, _ = t.meter.Int64Counter("deed.projection.fenced", metric.WithDescription("leases lost to another owner"))
 	t.lagEvents, _ = t.meter.Int64ObservableGauge("deed.projection.lag.events", metric.WithDescription("events not yet considered"))
 	t.lag, _ = t.meter.Float64ObservableGauge("deed.projection.lag", metric.WithUnit("s"), metric.WithDescription("age of the oldest event not yet considered"))
 	return t

@@ -79,7 +79,7 @@ func (f *viewFolder[R]) clear(_ context.Context, tx StateTx) error {
 	return tx.Clear(f.view.table())
 }
 
-func (f *viewFolder[R]) apply(ctx context.Context, items []item, seal func(tx StateTx, n int) error) (int, error) {
+func (f *viewFolder[R]) apply(ctx context.Context, _ Lease, items []item, seal func(tx StateTx, n int) error) (int, error) {
 	if err := f.load(ctx, items); err != nil {
 		return 0, err
 	}
@@ -149,21 +149,20 @@ func (f *viewFolder[R]) load(ctx context.Context, items []item) error {
 	}
 	table := f.view.table()
 	return f.state.View(ctx, func(tx StateTx) error {
-		for _, c := range f.missing {
-			data, ok, err := tx.Get(table, c.key)
-			if err != nil {
-				return err
-			}
-			if !ok {
-				continue
-			}
+		var failed error
+		keys := make([]string, len(f.missing))
+		for i, c := range f.missing {
+			keys[i] = c.key
+		}
+		err := getAll(tx, table, keys, func(i int, data []byte) {
+			c := f.missing[i]
 			c.row = new(R)
-			if err := f.view.decodeRow(c.key, data, c.row); err != nil {
-				return err
+			if err := f.view.decodeRow(c.key, data, c.row); err != nil && failed == nil {
+				failed = err
 			}
 			f.rows.resize(c, len(data))
-		}
-		return nil
+		})
+		return errors.Join(failed, err)
 	})
 }
 

@@ -119,7 +119,7 @@ func (c conditions) view(ctx context.Context, engine *projection.Engine, fn func
 		if try == 1 {
 			continue
 		}
-		if err := c.breathe(ctx, limited, engine, behind); err != nil {
+		if err := c.breathe(ctx, limited, engine, behind, min(breath<<min(try-2, 10), longestBreath)); err != nil {
 			return err
 		}
 	}
@@ -139,12 +139,16 @@ func (c conditions) wait(ctx, limited context.Context, engine *projection.Engine
 	return nil
 }
 
-// breath is the pause before a snapshot that was found wanting is taken again.
-// Somebody else may have emptied the rows, and the projection here not know yet.
-const breath = time.Millisecond
+// breath is the pause before a snapshot that was found wanting is taken again;
+// it doubles up to the longest one. Somebody else may have emptied the rows, and
+// the projection here not know yet.
+const (
+	breath        = time.Millisecond
+	longestBreath = 50 * time.Millisecond
+)
 
-func (c conditions) breathe(ctx, limited context.Context, engine *projection.Engine, p projection.Projection) error {
-	timer := time.NewTimer(breath)
+func (c conditions) breathe(ctx, limited context.Context, engine *projection.Engine, p projection.Projection, d time.Duration) error {
+	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-timer.C:

@@ -86,8 +86,17 @@
 // the fold of the log up to the checkpoint; both are stored in one
 // transaction, at intervals, and made again from the log when they are lost.
 // Memory grows with the number of open runs, by a few hundred bytes each.
-// A lease makes sure that one worker at a time is at it, and an engine that
-// lost the lease stops; if it still runs a step, it cannot record it.
+//
+// A lease makes sure that one engine at a time is at it, of all those that have
+// the saga, in this and in other processes; the others stand by, and one of them
+// takes over when that one stops or is gone. An engine that lost the lease, say
+// because its process was paused, drops the index, ends the contexts of the steps
+// under way with a cause that wraps projection.ErrFenced, and stands by. What such
+// a step has done is recorded only if nobody else has gone on with the run
+// meanwhile; otherwise the record that came first counts.
+//
+// While the database cannot be reached everything waits, and nothing counts as a
+// failed attempt but steps that notice it themselves.
 //
 // A new saga or reaction on a log that holds events for it must be told
 // whether they count: FromStart or FromNow on its definition.

@@ -27,10 +27,12 @@ type Options struct {
 	// Logger gets what is worth a look: attempts that panicked, runs that are
 	// blocked, events set aside. Defaults to slog.Default().
 	Logger *slog.Logger
-	// Owner names this engine in leases. Defaults to a random id.
+	// Owner names this engine in leases. Defaults to a random id. An engine with the
+	// name of an earlier one takes its leases over, once: who was fenced waits its
+	// turn like any other.
 	Owner string
 	// LeaseTTL is how long a lease outlives an owner that has died. Defaults to 0:
-	// as long as its process, which is right where one process has the store open.
+	// until the backend takes its process for gone.
 	LeaseTTL time.Duration
 	// Concurrency bounds how many runs of one saga are at work at the same time;
 	// runs that wait are not. Defaults to 128.
@@ -40,7 +42,8 @@ type Options struct {
 	// Defaults to 10,000; below 0 for none.
 	CachedRuns int
 	// Grace is how long, when the engine is stopped, steps may go on by themselves,
-	// and then how long they have after their context was cancelled. Defaults to 5 s.
+	// and then how long they have after their context was cancelled; the latter also
+	// when another engine has taken over. Defaults to 5 s.
 	Grace time.Duration
 }
 
@@ -51,8 +54,10 @@ type Engine struct {
 	state   projection.State
 	options Options
 	workers []worker.Worker
-	sagas   map[string]*sagaWorker
-	reacts  map[string]*reactionWorker
+	sagas   map[string]*candidate
+	reacts  map[string]*candidate
+
+	reactions map[string]*Reaction
 }
 
 // Host is what has an engine: an application, or an Engine itself.
@@ -80,7 +85,8 @@ func NewEngine(store eventstore.Store, state projection.State, bus *command.Bus,
 	}
 	return &Engine{
 		env:   environment{store: store, clock: o.Clock, bus: bus, encoding: o.Encoding, logger: o.Logger},
-		state: state, options: o, sagas: map[string]*sagaWorker{}, reacts: map[string]*reactionWorker{},
+		state: state, options: o, sagas: map[string]*candidate{}, reacts: map[string]*candidate{},
+		reactions: map[string]*Reaction{},
 	}
 }
 
@@ -95,15 +101,11 @@ func (e *Engine) Add(p Process) error {
 	if p.kind() == "saga" && e.sagas[p.Name()] != nil || p.kind() == "reaction" && e.reacts[p.Name()] != nil {
 		return fmt.Errorf("%w: two %ss are named %q", eventstore.ErrInvalid, p.kind(), p.Name())
 	}
-	built, err := p.build(e)
-	if err != nil {
-		return err
-	}
-	switch w := built.(type) {
-	case *sagaWorker:
-		e.sagas[p.Name()] = w
-	case *reactionWorker:
-		e.reacts[p.Name()] = w
+	built := p.build(e)
+	if r, ok := p.(*Reaction); ok {
+		e.reacts[p.Name()], e.reactions[p.Name()] = built, r
+	} else {
+		e.sagas[p.Name()] = built
 	}
 	e.workers = append(e.workers, built)
 	return nil
@@ -235,9 +237,9 @@ func (e *Engine) List(ctx context.Context, saga string, o ListOptions) ([]Info, 
 		o.Limit = 1000
 	}
 	wanted := func(s Status) bool { return len(o.Status) == 0 || slices.Contains(o.Status, s) }
-	tables := []string{w.openTable()}
+	tables := []string{openTable(category(saga))}
 	if slices.Contains(o.Status, StatusCompleted) || slices.Contains(o.Status, StatusFailed) {
-		tables = append(tables, w.doneTable())
+		tables = append(tables, doneTable(category(saga)))
 	}
 	var found []Info
 	err := e.state.View(ctx, func(tx projection.StateTx) error {

@@ -126,8 +126,18 @@ func newBench(t testing.TB, processes ...saga.Process) *bench {
 
 func startBench(t testing.TB, store backend, c *clock.Manual, o saga.Options, processes ...saga.Process) *bench {
 	t.Helper()
+	b := startUnready(t, store, c, o, processes...)
+	for _, w := range b.engine.Workers() {
+		require.NoError(t, w.Ready(context.Background()))
+	}
+	return b
+}
+
+// startUnready is startBench for a store that may be away.
+func startUnready(t testing.TB, store backend, c *clock.Manual, o saga.Options, processes ...saga.Process) *bench {
+	t.Helper()
 	b := &bench{t: t, store: store, clock: c}
-	b.runtime = aggregate.NewRuntime(store, aggregate.Options{Clock: c})
+	b.runtime = aggregate.NewRuntime(store, aggregate.Options{Clock: c, Logger: slog.New(slog.DiscardHandler)})
 	b.bus = command.NewBus(b.runtime, command.Options{})
 	o.Clock = c
 	if o.Logger == nil {
@@ -138,9 +148,6 @@ func startBench(t testing.TB, store backend, c *clock.Manual, o saga.Options, pr
 		require.NoError(t, b.engine.Add(p))
 	}
 	b.run()
-	for _, w := range b.engine.Workers() {
-		require.NoError(t, w.Ready(context.Background()))
-	}
 	t.Cleanup(func() { b.stop() })
 	return b
 }

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"container/heap"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -12,10 +11,10 @@ import (
 	"time"
 
 	jsonv1 "github.com/go-json-experiment/json/v1"
+	"github.com/google/uuid"
 
 	"github.com/deed-go/deed/command"
 	"github.com/deed-go/deed/eventstore"
-	"github.com/deed-go/deed/internal/worker"
 	"github.com/deed-go/deed/projection"
 )
 
@@ -120,7 +119,42 @@ func (r *Reaction) begin(b beginning) *Reaction {
 
 func (r *Reaction) kind() string { return "reaction" }
 
-func (r *Reaction) build(e *Engine) (worker.Worker, error) { return newReactionWorker(e, r), nil }
+func (r *Reaction) build(e *Engine) *candidate {
+	return newCandidate(e, role{
+		name:  "reaction " + r.name,
+		begin: func() *runner { return &newReactionWorker(e, r).runner },
+		idle:  r.idle,
+	})
+}
+
+// idle reports whether the stored index has no event that can be handled by now.
+func (r *Reaction) idle(tx projection.StateTx, now time.Time) (bool, error) {
+	for entry, err := range tx.Scan(backlogTable(r.name), projection.Range{}) {
+		if err != nil {
+			return false, err
+		}
+		b, err := decodeBacklog(entry)
+		if err != nil {
+			return false, err
+		}
+		if rests := b.Parked || b.Retry.After(now); !rests {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// backlogTable is the table of the index of a reaction.
+func backlogTable(name string) string { return reactionCategory(name) + ".open" }
+
+func decodeBacklog(entry projection.Row) (Backlog, error) {
+	var b Backlog
+	err := jsonv1.Unmarshal(entry.Value, &b)
+	if err != nil {
+		err = fmt.Errorf("%w: backlog %q: %w", errIndex, entry.Key, err)
+	}
+	return b, err
+}
 
 // stream is where the history of the reaction to one stream is kept.
 func (r *Reaction) stream(source eventstore.Stream) eventstore.Stream {
@@ -216,19 +250,17 @@ func newReactionWorker(e *Engine, r *Reaction) *reactionWorker {
 	return w
 }
 
-func (w *reactionWorker) table() string { return w.category + ".open" }
-
 func (w *reactionWorker) load(tx projection.StateTx) error {
 	clear(w.rows)
-	for entry, err := range tx.Scan(w.table(), projection.Range{}) {
+	for entry, err := range tx.Scan(backlogTable(w.reaction.name), projection.Range{}) {
 		if err != nil {
 			return err
 		}
-		r := &backlog{key: entry.Key, stored: true}
-		if err := jsonv1.Unmarshal(entry.Value, &r.Backlog); err != nil {
-			return fmt.Errorf("backlog %q: %w", entry.Key, err)
+		b, err := decodeBacklog(entry)
+		if err != nil {
+			return err
 		}
-		w.rows[r.Stream] = r
+		w.rows[b.Stream] = &backlog{Backlog: b, key: entry.Key, stored: true}
 	}
 	return nil
 }
@@ -435,9 +467,9 @@ func (w *reactionWorker) changes() changes {
 			for _, one := range writes {
 				var err error
 				if one.value == nil {
-					err = tx.Delete(w.table(), one.r.key)
+					err = tx.Delete(backlogTable(w.reaction.name), one.r.key)
 				} else {
-					err = tx.Put(w.table(), one.r.key, one.value)
+					err = tx.Put(backlogTable(w.reaction.name), one.r.key, one.value)
 				}
 				if err != nil {
 					return err
@@ -447,7 +479,7 @@ func (w *reactionWorker) changes() changes {
 		},
 		undo: func() {
 			for _, one := range writes {
-				one.r.stored = one.had
+				one.r.stored = one.had || one.value != nil // perhaps it was written all the same
 				w.mark(one.r)
 			}
 		},
@@ -488,6 +520,9 @@ func (w *reactionWorker) start(r *backlog) {
 // the event's position if it was handled, and where the outcome was written;
 // zeros when it was abandoned.
 func (w *reactionWorker) handle(ctx context.Context, r *backlog, event *eventstore.Recorded, after eventstore.Position, attempts int) (handled, wrote eventstore.Position) {
+	if !w.confirm(ctx) {
+		return 0, 0
+	}
 	for i := 0; event == nil; i++ {
 		next, err := w.next(ctx, r.Stream, after)
 		if err != nil {
@@ -519,6 +554,9 @@ func (w *reactionWorker) handle(ctx context.Context, r *backlog, event *eventsto
 		}
 		f := failureOf(err)
 		p.Error, p.Attempt = &f, attempts+1
+		// So that it is written once although the outcome of writing it be unknown. The
+		// attempts are counted anew after a replay, and do not make a key.
+		commit.Key = keyOf(w.category, "failed:"+uuid.NewString())
 		eventType = typeReactionFailed
 		if f.Terminal || w.reaction.policy.attempts > 0 && p.Attempt >= w.reaction.policy.attempts {
 			eventType = typeParked
@@ -585,13 +623,13 @@ func (e *Engine) Backlogs(ctx context.Context, reaction string) ([]Backlog, erro
 	}
 	var found []Backlog
 	err := e.state.View(ctx, func(tx projection.StateTx) error {
-		for entry, err := range tx.Scan(w.table(), projection.Range{}) {
+		for entry, err := range tx.Scan(backlogTable(reaction), projection.Range{}) {
 			if err != nil {
 				return err
 			}
-			var b Backlog
-			if err := json.Unmarshal(entry.Value, &b); err != nil {
-				return fmt.Errorf("backlog %q: %w", entry.Key, err)
+			b, err := decodeBacklog(entry)
+			if err != nil {
+				return err
 			}
 			found = append(found, b)
 		}
@@ -615,14 +653,14 @@ func (e *Engine) ReplayDeadLetters(ctx context.Context, reaction string) (int, e
 	if err != nil {
 		return 0, err
 	}
-	w, n := e.reacts[reaction], 0
+	r, n := e.reactions[reaction], 0
 	for _, b := range letters {
 		data, err := jsonv1.Marshal(&reactionPayload{Format: historyFormat, Source: &source{b.Stream.Category, b.Stream.ID}})
 		if err != nil {
 			return n, err
 		}
 		_, err = e.env.store.Append(ctx, eventstore.Commit{Events: []eventstore.Event{
-			{Stream: w.reaction.stream(b.Stream), Type: typeReplayed, Data: data, Time: e.env.clock.Now()},
+			{Stream: r.stream(b.Stream), Type: typeReplayed, Data: data, Time: e.env.clock.Now()},
 		}})
 		if err != nil {
 			return n, fmt.Errorf("replay the dead letters of reaction %q, stream %q: %w", reaction, b.Stream, err)

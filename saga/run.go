@@ -383,6 +383,9 @@ func (r *Run) effect(kind, name string, options []StepOption, run func(Step) (js
 	if kind == kindDo || r.urgent || r.h.revision.Version == 0 {
 		r.flush()
 	}
+	if r.ctx.Err() != nil {
+		r.leave(outcome{kind: abandoned}) // what was done is recorded, and nothing more is begun
+	}
 	p := defaultPolicy()
 	for _, option := range options {
 		option.applyStep(&p)
@@ -411,7 +414,9 @@ func (r *Run) effect(kind, name string, options []StepOption, run func(Step) (js
 		switch {
 		case errors.Is(err, eventstore.ErrKeyReused):
 			r.block(causeMismatch, &id, "%s was executed before with another command; the code must ask for the same one again: %v", id, err)
-		case errors.Is(err, eventstore.ErrClosed):
+		case errors.Is(err, eventstore.ErrClosed), errors.Is(err, eventstore.ErrUnavailable), errors.Is(err, eventstore.ErrOutcomeUnknown):
+			// Not the command's fault: no attempt is counted, and none is the last one
+			// before it is known whether it took effect.
 			r.leave(outcome{kind: broken, err: err})
 		}
 	}

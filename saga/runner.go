@@ -99,42 +99,43 @@ type waiter struct {
 	done    chan struct{}
 }
 
-// runner follows the log for one process, keeps its index and checkpoint, and
-// runs its jobs. The index is the fold of the log up to position; both are
-// stored in one transaction.
+// runner follows the log for one process while it has the lease, keeps its index
+// and checkpoint, and runs its jobs. The index is the fold of the log up to
+// position; both are stored in one transaction. A runner serves once.
 type runner struct {
 	name      string // of the worker and its lease and checkpoint
 	begin     beginning
 	env       *environment
 	state     projection.State
-	owner     string
+	shared    bool // by other processes, which may take the lease
 	ttl       time.Duration
 	grace     time.Duration
 	limit     int
 	logger    *slog.Logger
 	behaviour behaviour
 
-	flushing chan struct{} // semaphore of one
-	rearm    chan struct{}
-	unstored chan struct{}
-	full     chan struct{}
-	room     chan struct{}
-	opened   chan struct{} // closed when Run knows where it begins
-	openOnce sync.Once
-	stopped  chan struct{} // closed when Run has returned
+	flushing   chan struct{} // semaphore of one
+	confirming chan struct{} // semaphore of one
+	rearm      chan struct{}
+	unstored   chan struct{}
+	full       chan struct{}
+	room       chan struct{}
+	opened     func()        // called when it is known where to begin
+	stopped    chan struct{} // closed when serve has returned
 
 	mu         sync.Mutex
-	started    bool
 	lease      projection.Lease
 	logID      string
 	checkpoint projection.Checkpoint
+	doubtful   bool                // whether the last flush took effect
+	sure       time.Time           // when the lease was this runner's for sure
 	position   eventstore.Position // everything up to here was routed
 	cause      eventstore.Position // of work that is submitted now
 	target     eventstore.Position // caught up when position gets here
 	caught     bool
 	stopping   bool
 	failure    error
-	cancel     context.CancelFunc // ends Run
+	cancel     context.CancelFunc // ends serve
 	steps      context.Context    // of jobs
 	ledger     ledger
 	queue      []job
@@ -146,10 +147,10 @@ type runner struct {
 
 func newRunner(e *Engine, name string, begin beginning) runner {
 	return runner{
-		name: name, begin: begin, env: &e.env, state: e.state,
-		owner: e.options.Owner, ttl: e.options.LeaseTTL, grace: e.options.Grace, limit: e.options.Concurrency, logger: e.env.logger,
-		flushing: make(chan struct{}, 1), rearm: make(chan struct{}, 1), unstored: make(chan struct{}, 1),
-		full: make(chan struct{}, 1), room: make(chan struct{}, 1), opened: make(chan struct{}), stopped: make(chan struct{}),
+		name: name, begin: begin, env: &e.env, state: e.state, shared: projection.Shared(e.state),
+		ttl: e.options.LeaseTTL, grace: e.options.Grace, limit: e.options.Concurrency, logger: e.env.logger,
+		flushing: make(chan struct{}, 1), confirming: make(chan struct{}, 1), rearm: make(chan struct{}, 1), unstored: make(chan struct{}, 1),
+		full: make(chan struct{}, 1), room: make(chan struct{}, 1), stopped: make(chan struct{}),
 	}
 }
 
@@ -161,36 +162,12 @@ func poke(c chan struct{}) {
 	}
 }
 
-// Name implements worker.Worker.
-func (w *runner) Name() string { return w.name }
-
-// Ready implements worker.Worker.
-func (w *runner) Ready(ctx context.Context) error {
-	select {
-	case <-w.opened:
-		return nil
-	case <-w.stopped:
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		return w.failure
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-// Run implements worker.Worker. A worker runs once.
-func (w *runner) Run(ctx context.Context) error {
+// serve works until ctx ends, and then returns nil, or until it fails; when
+// another owner has taken over the error wraps projection.ErrFenced.
+func (w *runner) serve(ctx context.Context, lease projection.Lease) error {
+	err := w.run(ctx, lease)
 	w.mu.Lock()
-	if w.started {
-		w.mu.Unlock()
-		return fmt.Errorf("%w: %s was run before: make a new engine", ErrStopped, w.name)
-	}
-	w.started = true
-	w.mu.Unlock()
-
-	err := w.run(ctx)
-
-	w.mu.Lock()
+	defer w.mu.Unlock()
 	if w.failure == nil {
 		w.failure = err
 	}
@@ -198,28 +175,25 @@ func (w *runner) Run(ctx context.Context) error {
 		w.failure = fmt.Errorf("%w: %s", ErrStopped, w.name)
 	}
 	close(w.stopped)
-	w.mu.Unlock()
 	return err
 }
 
-func (w *runner) run(ctx context.Context) error {
-	lease, err := w.acquire(ctx)
-	if err != nil {
-		return err
-	}
-	if lease.Epoch > 0 {
-		defer func() { _ = w.state.Release(context.WithoutCancel(ctx), lease) }()
-	}
-	if ctx.Err() != nil {
-		return nil
-	}
-	if err := w.open(ctx, lease); err != nil {
+func (w *runner) run(ctx context.Context, lease projection.Lease) error {
+	for n := 0; ; n++ {
+		err := w.open(ctx, lease)
+		if err == nil {
+			break
+		}
 		if ctx.Err() != nil {
 			return nil
 		}
-		return err
+		if errors.Is(err, projection.ErrFenced) || lasting(err) {
+			return err
+		}
+		w.logger.Warn("could not find its place in the log; it is tried again", "worker", w.name, "error", err)
+		pause(ctx, backoff(n))
 	}
-	w.openOnce.Do(func() { close(w.opened) })
+	w.opened()
 
 	following, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -261,27 +235,6 @@ func (w *runner) run(ctx context.Context) error {
 	return nil
 }
 
-// acquire waits for the lease.
-func (w *runner) acquire(ctx context.Context) (projection.Lease, error) {
-	for told := false; ; told = true {
-		lease, err := w.state.Acquire(ctx, w.name, w.owner, w.ttl)
-		if err == nil || ctx.Err() != nil {
-			return lease, nil
-		}
-		if !errors.Is(err, projection.ErrLeaseHeld) {
-			return lease, fmt.Errorf("%s: %w", w.name, err)
-		}
-		if !told {
-			// Another engine follows the log, and has found its place.
-			w.openOnce.Do(func() { close(w.opened) })
-			w.logger.Info("waiting for the lease", "worker", w.name, "reason", err)
-		}
-		if !pause(ctx, leaseRetry) {
-			return lease, nil
-		}
-	}
-}
-
 // pause waits in real time; false says that ctx ended.
 func pause(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)
@@ -296,6 +249,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 
 // open loads the index and finds where to begin.
 func (w *runner) open(ctx context.Context, lease projection.Lease) error {
+	began := time.Now()
 	logID, err := eventstore.LogID(ctx, w.env.store)
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		return fmt.Errorf("%s: %w", w.name, err)
@@ -335,7 +289,7 @@ func (w *runner) open(ctx context.Context, lease projection.Lease) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.lease, w.logID, w.checkpoint = lease, logID, checkpoint
-	w.position, w.target = checkpoint.Position, head
+	w.position, w.target, w.sure = checkpoint.Position, head, began
 	return nil
 }
 
@@ -390,7 +344,7 @@ func (w *runner) decide(ctx context.Context, head eventstore.Position) (eventsto
 
 // follow routes the log as it grows.
 func (w *runner) follow(ctx context.Context) error {
-	for {
+	for failures := 0; ; {
 		w.mu.Lock()
 		q, after := w.behaviour.query(), w.position
 		w.mu.Unlock()
@@ -400,6 +354,7 @@ func (w *runner) follow(ctx context.Context) error {
 				failure = err
 				break
 			}
+			failures = 0
 			again, err := w.take(ctx, batch)
 			if err != nil {
 				return err
@@ -411,11 +366,12 @@ func (w *runner) follow(ctx context.Context) error {
 		switch {
 		case ctx.Err() != nil:
 			return nil
-		case failure != nil && !eventstore.CanRetry(failure):
+		case failure != nil && lasting(failure):
 			return fmt.Errorf("%s: follow the log: %w", w.name, failure)
 		case failure != nil:
 			w.logger.Warn("following the log was interrupted", "worker", w.name, "error", failure)
-			pause(ctx, leaseRetry)
+			pause(ctx, backoff(failures))
+			failures++
 		}
 	}
 }
@@ -552,7 +508,7 @@ func (w *runner) settled(p eventstore.Position) bool {
 	return !some || at.After(w.env.clock.Now())
 }
 
-// WaitThrough implements worker.Worker.
+// WaitThrough is candidate's, while the runner serves.
 func (w *runner) WaitThrough(ctx context.Context, p eventstore.Position) error {
 	w.mu.Lock()
 	if w.failure != nil {
@@ -578,14 +534,14 @@ func (w *runner) WaitThrough(ctx context.Context, p eventstore.Position) error {
 	}
 }
 
-// NextDue implements worker.Worker.
+// NextDue is candidate's, while the runner serves.
 func (w *runner) NextDue() (time.Time, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.behaviour.due()
 }
 
-// Fire implements worker.Worker.
+// Fire is candidate's, while the runner serves.
 func (w *runner) Fire(_ context.Context, now time.Time) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -665,28 +621,39 @@ func (w *runner) flush(ctx context.Context) error {
 	defer func() { <-w.flushing }()
 	w.mu.Lock()
 	from, to := w.checkpoint, projection.Checkpoint{Log: w.logID, Position: w.position}
-	lease := w.lease
+	lease, doubtful := w.lease, w.doubtful
 	ch := w.behaviour.changes()
 	w.pending = 0
 	w.mu.Unlock()
-	if ch.count == 0 && to.Position == from.Position {
+	if ch.count == 0 && to.Position == from.Position && !doubtful {
 		return nil
 	}
+	began := time.Now()
 	err := w.state.Update(ctx, func(tx projection.StateTx) error {
-		if ch.count > 0 {
-			if err := ch.write(tx); err != nil {
+		if doubtful {
+			if err := tx.Fence(lease); err != nil {
 				return err
 			}
+			// What has this epoch is this runner's, so the flush that failed took effect.
+			if is, err := tx.Checkpoint(w.name); err != nil {
+				return err
+			} else if is.Epoch == lease.Epoch {
+				from = is
+			}
 		}
-		return tx.SetCheckpoint(lease, from, to)
+		// First, because it fences.
+		if err := tx.SetCheckpoint(lease, from, to); err != nil || ch.count == 0 {
+			return err
+		}
+		return ch.write(tx)
 	})
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if err != nil {
+	if w.doubtful = err != nil; w.doubtful {
 		ch.undo()
 		return fmt.Errorf("%s: store the index: %w", w.name, err)
 	}
-	w.checkpoint = to
+	w.checkpoint, w.sure = to, began
 	return nil
 }
 
@@ -699,11 +666,12 @@ func (w *runner) renewLoop(ctx context.Context) error {
 		w.mu.Lock()
 		lease := w.lease
 		w.mu.Unlock()
+		began := time.Now()
 		renewed, err := w.state.Renew(ctx, lease, w.ttl)
 		switch {
 		case err == nil:
 			w.mu.Lock()
-			w.lease = renewed
+			w.lease, w.sure = renewed, began
 			w.mu.Unlock()
 		case errors.Is(err, projection.ErrFenced):
 			return fmt.Errorf("%s: %w", w.name, err)
@@ -715,19 +683,65 @@ func (w *runner) renewLoop(ctx context.Context) error {
 }
 
 // fenced reports whether another owner has taken over, and then stops.
-func (w *runner) fenced(ctx context.Context) bool {
+func (w *runner) fenced(ctx context.Context) (bool, error) {
 	w.mu.Lock()
 	lease := w.lease
 	w.mu.Unlock()
+	began := time.Now()
 	err := w.state.Update(ctx, func(tx projection.StateTx) error { return tx.Fence(lease) })
 	if errors.Is(err, projection.ErrFenced) {
 		w.fail(fmt.Errorf("%s: %w", w.name, err))
-		return true
+		return true, nil
 	}
-	return false
+	if err == nil {
+		w.mu.Lock()
+		w.sure = began
+		w.mu.Unlock()
+	}
+	return false, err
 }
 
-// fail stops the worker for good.
+// sureFor is for how long a runner relies on having the lease. It is less than
+// it takes for the lease of a process that was paused to become free.
+const sureFor = 3 * time.Second
+
+func (w *runner) isSure() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	now := time.Now()
+	// Of the two clocks one may have stood still while the process did.
+	byWall := now.Round(0).Sub(w.sure.Round(0))
+	return now.Sub(w.sure) < sureFor && byWall >= 0 && byWall < sureFor
+}
+
+// confirm makes sure, before anything is done that has an effect outside, that
+// the lease is still this runner's: after a pause of the whole process another
+// one may be at the same work. False says to leave it alone.
+func (w *runner) confirm(ctx context.Context) bool {
+	for n := 0; w.shared && !w.isSure(); n++ {
+		select {
+		case w.confirming <- struct{}{}:
+		case <-ctx.Done():
+			return false
+		}
+		var lost bool
+		var err error
+		if !w.isSure() {
+			lost, err = w.fenced(ctx)
+		}
+		<-w.confirming
+		if lost || ctx.Err() != nil {
+			return false
+		}
+		if err != nil {
+			w.logger.Warn("the lease could not be confirmed; it is tried again", "worker", w.name, "error", err)
+			pause(ctx, backoff(n))
+		}
+	}
+	return true
+}
+
+// fail ends serve with the error.
 func (w *runner) fail(err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -739,13 +753,18 @@ func (w *runner) fail(err error) {
 	}
 }
 
-// drain lets the jobs that run end by themselves for a while, then cancels
-// their contexts, and at last leaves them behind: they can no longer do harm,
-// since what they would record is checked against the history.
+// drain lets the jobs that run end by themselves for a while, unless another
+// owner has taken over, then cancels their contexts, and at last leaves them
+// behind: they can no longer do harm, since what they would record is checked
+// against the history.
 func (w *runner) drain(cancelSteps context.CancelCauseFunc) {
 	w.mu.Lock()
 	w.stopping = true
 	w.queue = nil
+	lost := errors.Is(w.failure, projection.ErrFenced)
+	if lost {
+		cancelSteps(w.failure)
+	}
 	idle := make(chan struct{})
 	if w.active == 0 {
 		close(idle)
@@ -754,6 +773,9 @@ func (w *runner) drain(cancelSteps context.CancelCauseFunc) {
 	}
 	w.mu.Unlock()
 	for i := range 2 {
+		if i == 0 && lost {
+			continue
+		}
 		t := time.NewTimer(w.grace)
 		select {
 		case <-idle:

@@ -8,7 +8,6 @@ import (
 	"slices"
 
 	"github.com/deed-go/deed/eventstore"
-	"github.com/deed-go/deed/internal/worker"
 )
 
 // Process is what an [Engine] runs: a saga's [Definition] or a [Reaction].
@@ -18,7 +17,7 @@ type Process interface {
 	// Err returns the mistakes in the definition, joined.
 	Err() error
 
-	build(e *Engine) (worker.Worker, error)
+	build(e *Engine) *candidate
 	kind() string
 }
 
@@ -162,10 +161,6 @@ func (d *Definition[In, Out]) begin(b beginning) *Definition[In, Out] {
 }
 
 func (d *Definition[In, Out]) kind() string { return "saga" }
-
-func (d *Definition[In, Out]) build(e *Engine) (worker.Worker, error) {
-	return newSagaWorker(e, &d.blueprint)
-}
 
 // Replay runs the function against a recorded history, from the store or from
 // a file, without doing anything: what is not recorded ends the replay. It

@@ -15,8 +15,10 @@ import (
 )
 
 // Step is the context of one attempt of a step or a reaction. It ends when the
-// time given by [Within] is over, or when the engine stops and does not wait
-// any longer. It is safe for concurrent use, but not to be kept.
+// time given by [Within] is over, when the engine stops and does not wait any
+// longer, or at once when another engine has taken over: context.Cause is then
+// [ErrTimeout], [ErrStopped], or wraps projection.ErrFenced. It is safe for
+// concurrent use, but not to be kept.
 type Step struct {
 	context.Context
 	key     string

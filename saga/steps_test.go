@@ -527,12 +527,25 @@ func TestConflict_FirstRecordWins(t *testing.T) {
 	close(release)
 	<-zombieDone
 	second.settle()
-	_, err = first.engine.List(context.Background(), "fenced", saga.ListOptions{})
-	require.ErrorContains(t, err, "fenced", "the first engine can store nothing any more")
+	ended := saga.ListOptions{Status: []saga.Status{saga.StatusCompleted}}
+	_, err = second.engine.List(t.Context(), "fenced", ended)
+	require.NoError(t, err)
+	listed, err := first.engine.List(t.Context(), "fenced", ended)
+	require.NoError(t, err)
+	require.Len(t, listed, 1, "the first engine can store nothing any more, and says what the second one has stored")
 	out, err = saga.Wait(t.Context(), second.engine, define(), "r1")
 	require.NoError(t, err)
 	require.Equal(t, "second", out)
 	require.Equal(t, []string{"saga.started", "saga.step_succeeded", "saga.completed"}, second.types(history("fenced", "r1")))
+
+	// It stands by now, and is back when the second one stops.
+	require.NoError(t, errors.Join(second.stop()...))
+	require.NoError(t, saga.Start(t.Context(), first.engine, define(), "r2", 0))
+	out, err = saga.Wait(t.Context(), first.engine, define(), "r2")
+	require.NoError(t, err)
+	require.Equal(t, "second", out)
+	require.Equal(t, int32(3), calls.Load())
+	require.NoError(t, errors.Join(first.stop()...))
 }
 
 // TestStop_WhileAStepRuns: Run returns, nothing is recorded of what did not

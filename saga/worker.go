@@ -203,7 +203,16 @@ type sagaWorker struct {
 	histories int // the most of them
 }
 
-func newSagaWorker(e *Engine, b *blueprint) (*sagaWorker, error) {
+// build returns the worker of the saga.
+func (b *blueprint) build(e *Engine) *candidate {
+	return newCandidate(e, role{
+		name:  "saga " + b.name,
+		begin: func() *runner { return &newSagaWorker(e, b).runner },
+		idle:  func(tx projection.StateTx, now time.Time) (bool, error) { return idleSaga(tx, b, now) },
+	})
+}
+
+func newSagaWorker(e *Engine, b *blueprint) *sagaWorker {
 	w := &sagaWorker{
 		saga: b, category: category(b.name), starts: map[string]*trigger{},
 		rows:    map[string]*row{},
@@ -217,22 +226,56 @@ func newSagaWorker(e *Engine, b *blueprint) (*sagaWorker, error) {
 	w.startTypes = e.env.encoding.StoredTypes(w.startTypes...)
 	w.runner = newRunner(e, "saga "+b.name, b.beginning)
 	w.behaviour = w
-	return w, nil
+	return w
 }
 
-func (w *sagaWorker) openTable() string { return w.category + ".open" }
-func (w *sagaWorker) doneTable() string { return w.category + ".done" }
+// The tables of the index, for a saga's category.
+func openTable(category string) string { return category + ".open" }
+func doneTable(category string) string { return category + ".done" }
+
+// idleSaga reports whether the stored index has no run that can go on.
+func idleSaga(tx projection.StateTx, b *blueprint, now time.Time) (bool, error) {
+	for entry, err := range tx.Scan(openTable(category(b.name)), projection.Range{}) {
+		if err != nil {
+			return false, err
+		}
+		r, err := decodeRow(entry)
+		if err != nil || !r.rests(now) {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// rests reports whether nothing is to be done about the run by now.
+func (r *row) rests(now time.Time) bool {
+	switch r.Status {
+	case StatusBlocked:
+		return true
+	case StatusWaiting:
+		return r.Found == 0 && (r.Watch == nil || r.Scanned) && (r.Wake.IsZero() || r.Wake.After(now))
+	}
+	return false
+}
+
+func decodeRow(entry projection.Row) (*row, error) {
+	r := &row{}
+	if err := jsonv1.Unmarshal(entry.Value, r); err != nil {
+		return nil, fmt.Errorf("%w: row of run %q: %w", errIndex, entry.Key, err)
+	}
+	return r, nil
+}
 
 func (w *sagaWorker) load(tx projection.StateTx) error {
 	clear(w.rows)
 	clear(w.watches)
-	for entry, err := range tx.Scan(w.openTable(), projection.Range{}) {
+	for entry, err := range tx.Scan(openTable(w.category), projection.Range{}) {
 		if err != nil {
 			return err
 		}
-		r := &row{}
-		if err := jsonv1.Unmarshal(entry.Value, r); err != nil {
-			return fmt.Errorf("row of run %q: %w", entry.Key, err)
+		r, err := decodeRow(entry)
+		if err != nil {
+			return err
 		}
 		r.stored = true
 		w.rows[r.ID] = r
@@ -542,14 +585,14 @@ func (w *sagaWorker) changes() changes {
 				var err error
 				switch {
 				case one.value == nil:
-					err = tx.Delete(w.openTable(), one.r.ID)
+					err = tx.Delete(openTable(w.category), one.r.ID)
 				case one.done:
 					if one.had {
-						err = tx.Delete(w.openTable(), one.r.ID)
+						err = tx.Delete(openTable(w.category), one.r.ID)
 					}
-					err = errors.Join(err, tx.Put(w.doneTable(), one.r.ID, one.value))
+					err = errors.Join(err, tx.Put(doneTable(w.category), one.r.ID, one.value))
 				default:
-					err = tx.Put(w.openTable(), one.r.ID, one.value)
+					err = tx.Put(openTable(w.category), one.r.ID, one.value)
 				}
 				if err != nil {
 					return err
@@ -559,7 +602,8 @@ func (w *sagaWorker) changes() changes {
 		},
 		undo: func() {
 			for _, one := range writes {
-				one.r.stored = one.had
+				// Perhaps it was written all the same.
+				one.r.stored = one.had || one.value != nil && !one.done
 				w.touchQuietly(one.r)
 			}
 		},
@@ -606,6 +650,12 @@ type activation struct {
 
 // activate runs the saga's code from its history on as far as it gets.
 func (w *sagaWorker) activate(ctx context.Context, r *row, a activation) {
+	if !w.confirm(ctx) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		r.active = false
+		return
+	}
 	var version uint64
 	var o outcome
 	var kept *history
@@ -643,8 +693,10 @@ func (w *sagaWorker) activate(ctx context.Context, r *row, a activation) {
 		if a.trigger != 0 {
 			a.trigger, foreign = 0, true
 		}
-		if conflicts++; conflicts > 1 && (w.fenced(ctx) || !pause(ctx, min(time.Duration(conflicts)*10*time.Millisecond, time.Second))) {
-			break
+		if conflicts++; conflicts > 1 {
+			if lost, _ := w.fenced(ctx); lost || !pause(ctx, min(time.Duration(conflicts)*10*time.Millisecond, time.Second)) {
+				break
+			}
 		}
 	}
 	w.mu.Lock()

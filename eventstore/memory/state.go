@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"maps"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -15,7 +17,10 @@ import (
 	"github.com/deed-go/deed/projection"
 )
 
-var _ projection.State = (*Store)(nil)
+var (
+	_ projection.State            = (*Store)(nil)
+	_ projection.CheckpointLister = (*Store)(nil)
+)
 
 // state is what the store keeps beside the log. Committed snapshots are never
 // changed: an update works on copies that share everything it does not touch,
@@ -154,6 +159,30 @@ func (s *Store) Release(ctx context.Context, l projection.Lease) error {
 		s.state.leases[l.Name] = lease{Lease: l, held: false}
 	}
 	return nil
+}
+
+// Checkpoints implements projection.CheckpointLister. It waits for a running
+// update.
+func (s *Store) Checkpoints(ctx context.Context) ([]projection.NamedCheckpoint, error) {
+	if err := s.takeTurn(ctx); err != nil {
+		return nil, err
+	}
+	defer s.endTurn()
+	now := s.now()
+	known := map[string]projection.NamedCheckpoint{}
+	for name, l := range s.state.leases {
+		held := l.held && (l.Until.IsZero() || now.Before(l.Until))
+		known[name] = projection.NamedCheckpoint{Name: name, Lease: l.Lease, Held: held}
+	}
+	s.state.committed.Load().checkpoints.Scan(func(name string, c projection.Checkpoint) bool {
+		one := known[name]
+		one.Name, one.Checkpoint = name, c
+		known[name] = one
+		return true
+	})
+	return slices.SortedFunc(maps.Values(known), func(a, b projection.NamedCheckpoint) int {
+		return strings.Compare(a.Name, b.Name)
+	}), nil
 }
 
 func deadline(now time.Time, ttl time.Duration) time.Time {

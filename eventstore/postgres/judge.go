@@ -26,8 +26,8 @@ type batch struct {
 	keys     int                   // of the winners
 	anchored bool                  // the judgement holds at this head only
 
-	restless   int       // how often others wrote in between
-	collisions int       // how often something that was taken for new was not
+	restless   int // how often others wrote in between
+	collisions int // how often something that was taken for new was not
 	// searched is how far the log was searched for entries that were sent without
 	// an answer.
 	searched eventstore.Position

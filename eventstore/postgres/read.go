@@ -179,14 +179,10 @@ func (d *decoder) keep(b []byte) []byte {
 		return nil
 	}
 	if len(b) > cap(d.block)-len(d.block) {
-		if len(b) > blockSize/4 {
+		if len(b) > blockSize/8 {
 			return append([]byte{}, b...)
 		}
-		size := blockSize
-		if cap(d.block) == 0 {
-			size = blockSize / 8 // most reads are short
-		}
-		d.block = make([]byte, 0, size)
+		d.block = make([]byte, 0, min(blockSize, max(2*cap(d.block), blockSize/8))) // most reads are short
 	}
 	at := len(d.block)
 	d.block = append(d.block, b...)
@@ -245,7 +241,7 @@ func (s *Store) raw(ctx context.Context, conn *pgx.Conn, st statement, row func(
 		if err != nil {
 			return err
 		}
-		reader = conn.PgConn().ExecPrepared(ctx, description.Name, values, formats, binaryFormat)
+		reader = conn.PgConn().ExecStatement(ctx, description, values, formats, binaryFormat)
 	} else {
 		reader = conn.PgConn().ExecParams(ctx, st.text, values, oids, formats, binaryFormat)
 	}

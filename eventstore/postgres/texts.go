@@ -10,7 +10,7 @@ type texts struct {
 	copyEvents, copyTags      string
 	copyKeys, lock, lockFirst string
 	newest, notify            string
-	countKinds                string
+	countKinds, written       string
 }
 
 func newTexts(schema string) texts {
@@ -34,7 +34,7 @@ func newTexts(schema string) texts {
 		written: with(`SELECT n.id::uuid, e.position, e.version FROM unnest($2::text[], $3::int[]) AS n (id, size)
 			JOIN {schema}.events f ON f.position > $1 AND f.id = n.id::uuid
 			JOIN {schema}.events e ON e.position >= f.position AND e.position < f.position + n.size ORDER BY e.position`),
-		countKinds:   with("SELECT count(*)::int FROM {schema}.kinds"),
-		notify:       "SELECT pg_notify($1, $2)",
+		countKinds: with("SELECT count(*)::int FROM {schema}.kinds"),
+		notify:     "SELECT pg_notify($1, $2)",
 	}
 }

@@ -369,7 +369,7 @@ func (s *Store) callAppend(ctx context.Context, conn *pgx.Conn, b *batch, known 
 		if err != nil {
 			return called{}, err
 		}
-		reader = conn.PgConn().ExecPrepared(ctx, description.Name, values, formats, binaryFormat)
+		reader = conn.PgConn().ExecStatement(ctx, description, values, formats, binaryFormat)
 	}
 	sent()
 	var out called

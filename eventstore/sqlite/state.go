@@ -25,6 +25,8 @@ type update struct {
 // errAbandoned: the function of an update did not return.
 var errAbandoned = errors.New("the update panicked")
 
+var _ projection.CheckpointLister = (*Store)(nil)
+
 // updateTime bounds how long updates share one transaction.
 const updateTime = 20 * time.Millisecond
 
@@ -317,6 +319,42 @@ func (s *Store) leases(ctx context.Context, fn func(*conn) error) error {
 			return err
 		}
 	}
+}
+
+// Checkpoints implements projection.CheckpointLister.
+func (s *Store) Checkpoints(ctx context.Context) ([]projection.NamedCheckpoint, error) {
+	var all []projection.NamedCheckpoint
+	err := s.View(ctx, func(tx projection.StateTx) error {
+		now := s.now()
+		rows, err := tx.(*stateTx).c.prepare(`SELECT n.name, c.log, c.epoch, c.position, l.owner, l.epoch, l.held, l.until
+			FROM (SELECT name FROM deed_checkpoints UNION SELECT name FROM deed_leases) n
+			LEFT JOIN deed_checkpoints c ON c.name = n.name LEFT JOIN deed_leases l ON l.name = n.name ORDER BY n.name`)
+		if err != nil {
+			return err
+		}
+		defer rows.reset()
+		for {
+			more, err := rows.step()
+			if err != nil || !more {
+				return err
+			}
+			// What is not there reads as the zero value.
+			one := projection.NamedCheckpoint{
+				Name:       rows.text(0),
+				Checkpoint: projection.Checkpoint{Log: rows.text(1), Epoch: uint64(rows.int64(2)), Position: eventstore.Position(rows.int64(3))},
+				Lease:      projection.Lease{Name: rows.text(0), Owner: rows.text(4), Epoch: uint64(rows.int64(5))},
+			}
+			if until := rows.int64(7); until != 0 {
+				one.Lease.Until = time.Unix(0, until).UTC()
+			}
+			one.Held = rows.int64(6) != 0 && (one.Lease.Until.IsZero() || now.Before(one.Lease.Until))
+			if one.Lease.Epoch == 0 {
+				one.Lease = projection.Lease{}
+			}
+			all = append(all, one)
+		}
+	})
+	return all, err
 }
 
 func deadline(now time.Time, ttl time.Duration) time.Time {

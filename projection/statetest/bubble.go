@@ -2,6 +2,7 @@ package statetest
 
 import (
 	"context"
+	"errors"
 	"strconv"
 	"sync"
 	"testing"
@@ -29,21 +30,26 @@ var bubbleChecks = []check{
 			s.bubble(t, func(t testing.TB) {
 				ctx, state := s.context(t), s.open(t)
 				began := time.Now()
+				lease := mustAcquire(t, ctx, state, "w", "me", time.Hour)
 				const waiting = 5
 				inside, goOn, ended := make(chan struct{}), make(chan struct{}), make(chan error, waiting+2)
 				release := sync.OnceFunc(func() { close(goOn) })
 				defer release()
 				go func() {
 					ended <- state.Update(ctx, func(tx projection.StateTx) error {
+						err := s.turn(tx, lease)
 						close(inside)
 						<-goOn
-						return tx.Put("t", "n", []byte("1"))
+						return errors.Join(err, tx.Put("t", "n", []byte("1")))
 					})
 				}()
 				<-inside
 				for range waiting {
 					go func() {
 						ended <- state.Update(ctx, func(tx projection.StateTx) error {
+							if err := s.turn(tx, lease); err != nil {
+								return err
+							}
 							v, _, err := tx.Get("t", "n")
 							if err != nil {
 								return err
@@ -56,7 +62,7 @@ var bubbleChecks = []check{
 				leaving, leave := context.WithCancel(ctx)
 				left := make(chan error, 1)
 				go func() {
-					left <- state.Update(leaving, func(projection.StateTx) error { return nil })
+					left <- state.Update(leaving, func(tx projection.StateTx) error { return s.turn(tx, lease) })
 				}()
 				synctest.Wait() // returns only if all of them are parked on channels
 				require.Empty(t, ended, "an update ran beside another one")
@@ -71,7 +77,6 @@ var bubbleChecks = []check{
 					require.NoError(t, <-ended)
 				}
 				require.Equal(t, strconv.Itoa(waiting+1), value(t, ctx, state, "t", "n"))
-				lease := mustAcquire(t, ctx, state, "w", "me", time.Hour)
 				require.NoError(t, state.Release(ctx, lease))
 				require.NoError(t, state.Close())
 				require.Equal(t, began, time.Now(), "time has passed: something waited for a timer")

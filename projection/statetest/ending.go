@@ -36,22 +36,29 @@ var endingChecks = []check{
 	},
 	{
 		name: "CancelledWhileWaiting",
-		rule: "an update that waits for its turn gives up when its context ends",
+		rule: "an update that waits for its turn, or for another one that the same lease has fenced, gives up when its context ends",
 		run: func(t testing.TB, s *suite) {
 			ctx, state := s.context(t), s.open(t)
+			lease := mustAcquire(t, ctx, state, "w", "me", 0)
 			inside, goOn, first := make(chan struct{}), make(chan struct{}), make(chan error, 1)
 			go func() {
 				first <- state.Update(ctx, func(tx projection.StateTx) error {
+					err := s.turn(tx, lease)
 					close(inside)
 					<-goOn
-					return tx.Put("t", "first", []byte("x"))
+					return errors.Join(err, tx.Put("t", "first", []byte("x")))
 				})
 			}()
 			<-inside
 			waiting, cancel := context.WithCancel(ctx)
 			second := make(chan error, 1)
 			go func() {
-				second <- state.Update(waiting, func(tx projection.StateTx) error { return tx.Put("t", "second", []byte("x")) })
+				second <- state.Update(waiting, func(tx projection.StateTx) error {
+					if err := s.turn(tx, lease); err != nil {
+						return err
+					}
+					return tx.Put("t", "second", []byte("x"))
+				})
 			}()
 			afterOrSoon(goOn) // it waits by then; if not, it sees an ended context anyway
 			cancel()

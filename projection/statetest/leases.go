@@ -86,7 +86,7 @@ var checkpointChecks = []check{
 	},
 	{
 		name: "Fence",
-		rule: "Fence fails with ErrFenced once anybody has acquired the lease again, and for a lease that was never given",
+		rule: "Fence fails with ErrFenced once anybody has acquired the lease again, and for a lease that was never given; it may be called again, and before the checkpoint is moved",
 		run: func(t testing.TB, s *suite) {
 			ctx, state := s.context(t), s.open(t)
 			fence := func(l projection.Lease) error {
@@ -99,6 +99,10 @@ var checkpointChecks = []check{
 			require.ErrorIs(t, fence(first), projection.ErrFenced)
 			require.NoError(t, fence(second))
 			require.ErrorIs(t, fence(projection.Lease{Name: "w", Owner: "me", Epoch: second.Epoch + 1}), projection.ErrFenced, "an epoch from the future")
+			mustUpdate(t, ctx, state, func(tx projection.StateTx) error {
+				return errors.Join(tx.Fence(second), tx.Fence(second), tx.SetCheckpoint(second, projection.Checkpoint{}, at(1)), tx.Fence(second))
+			})
+			require.EqualValues(t, 1, checkpoint(t, ctx, state, "w").Position)
 		},
 	},
 }

@@ -31,6 +31,7 @@ type broken struct {
 	acquire func(ctx context.Context, name, owner string, ttl time.Duration) (projection.Lease, error)
 	renew   func(context.Context, projection.Lease, time.Duration) (projection.Lease, error)
 	release func(context.Context, projection.Lease) error
+	listed  func([]projection.NamedCheckpoint) []projection.NamedCheckpoint
 	close   func() error
 	tx      func(projection.StateTx) projection.StateTx
 }
@@ -75,6 +76,14 @@ func (b *broken) Release(ctx context.Context, l projection.Lease) error {
 		return b.release(ctx, l)
 	}
 	return b.Store.Release(ctx, l)
+}
+
+func (b *broken) Checkpoints(ctx context.Context) ([]projection.NamedCheckpoint, error) {
+	all, err := b.Store.Checkpoints(ctx)
+	if b.listed != nil {
+		all = b.listed(all)
+	}
+	return all, err
 }
 
 func (b *broken) Close() error {
@@ -220,6 +229,8 @@ type breakage struct {
 	name     string
 	features Features
 	store    func(b *broken)
+	// concurrent breaks a state whose updates run at the same time, instead.
+	concurrent func(c *concurrent)
 	// hangs says that what the checks wait for never comes.
 	hangs bool
 	fails []string
@@ -228,6 +239,11 @@ type breakage struct {
 func (x breakage) suite() *suite {
 	s := newSuite(func(t testing.TB) Opener {
 		return func() (State, error) {
+			if x.concurrent != nil {
+				c := newConcurrent()
+				x.concurrent(c)
+				return c, nil
+			}
 			b := &broken{Store: memory.New()}
 			if x.store != nil {
 				x.store(b)
@@ -260,6 +276,8 @@ func keepAcross(again func(b *broken)) func(*broken) {
 		b.close = func() error { return nil }
 	}
 }
+
+var concurrentFeatures = Features{Shared: true, ConcurrentUpdates: true}
 
 var breakages = []breakage{
 	{
@@ -385,7 +403,32 @@ var breakages = []breakage{
 				})
 			}
 		},
-		fails: []string{"Update/Serialised"},
+		fails: []string{"Concurrency/Serialised"},
+	},
+	{
+		name: "Fence looks and does not wait", features: concurrentFeatures,
+		concurrent: func(c *concurrent) { c.free, c.compareOnly = true, true },
+		fails:      []string{"Concurrency/Serialised", "Concurrency/SetCheckpointFences"},
+	},
+	{
+		name: "SetCheckpoint looks and does not wait", features: concurrentFeatures,
+		concurrent: func(c *concurrent) { c.compareOnly = true },
+		fails:      []string{"Concurrency/SetCheckpointFences"},
+	},
+	{
+		name: "concurrent updates are declared, and run one after another", hangs: true, features: Features{ConcurrentUpdates: true},
+		fails: []string{"Concurrency/Independent"},
+	},
+	{
+		name: "concurrent updates are not declared", features: Features{Shared: true}, concurrent: func(*concurrent) {},
+		fails: []string{"Concurrency/Serialised"},
+	},
+	{name: "sharing is declared, but not said", features: Features{Shared: true}, fails: []string{"Concurrency/Declared"}},
+	{name: "sharing is said, but not declared", concurrent: func(*concurrent) {}, fails: []string{"Concurrency/Declared"}},
+	{
+		name: "fenced updates wait for ever", hangs: true, features: concurrentFeatures,
+		concurrent: func(c *concurrent) { c.stubborn = true },
+		fails:      []string{"Ending/CancelledWhileWaiting"},
 	},
 	{
 		name: "views are not read-only", store: func(b *broken) {
@@ -458,6 +501,25 @@ var breakages = []breakage{
 		name: "keys ignore case", store: withTx(func(t *brokenTx) {
 			t.put = func(table, key string, value []byte) error { return t.StateTx.Put(table, strings.ToLower(key), value) }
 			t.get = func(table, key string) ([]byte, bool, error) { return t.StateTx.Get(table, strings.ToLower(key)) }
+		}),
+		fails: []string{"Rows/GetPutDelete", "Rows/ScanMatrix"},
+	},
+	{
+		name: "keys end at a NUL byte", store: withTx(func(t *brokenTx) {
+			until := func(key string) string {
+				key, _, _ = strings.Cut(key, "\x00")
+				return key
+			}
+			t.put = func(table, key string, value []byte) error { return t.StateTx.Put(table, until(key), value) }
+			t.get = func(table, key string) ([]byte, bool, error) { return t.StateTx.Get(table, until(key)) }
+		}),
+		fails: []string{"Rows/GetPutDelete", "Rows/ScanMatrix"},
+	},
+	{
+		name: "keys are made valid UTF-8", store: withTx(func(t *brokenTx) {
+			t.put = func(table, key string, value []byte) error {
+				return t.StateTx.Put(table, strings.ToValidUTF8(key, "?"), value)
+			}
 		}),
 		fails: []string{"Rows/GetPutDelete", "Rows/ScanMatrix"},
 	},
@@ -707,6 +769,47 @@ var breakages = []breakage{
 			t.delCheckpoint = func(projection.Lease) error { return nil }
 		}),
 		fails: []string{"Checkpoint/Delete"},
+	},
+
+	// Listing.
+	{
+		name: "what has no checkpoint is not listed", store: func(b *broken) {
+			b.listed = func(all []projection.NamedCheckpoint) []projection.NamedCheckpoint {
+				return slices.DeleteFunc(all, func(c projection.NamedCheckpoint) bool { return c.Checkpoint.IsZero() })
+			}
+		},
+		fails: []string{"Listing/NamesWithCheckpointOrLease"},
+	},
+	{
+		name: "names are listed in no order", store: func(b *broken) {
+			b.listed = func(all []projection.NamedCheckpoint) []projection.NamedCheckpoint {
+				slices.Reverse(all)
+				return all
+			}
+		},
+		fails: []string{"Listing/NamesWithCheckpointOrLease"},
+	},
+	{
+		name: "leases are listed as held whenever they were given", store: func(b *broken) {
+			b.listed = func(all []projection.NamedCheckpoint) []projection.NamedCheckpoint {
+				for i := range all {
+					all[i].Held = true
+				}
+				return all
+			}
+		},
+		fails: []string{"Listing/NamesWithCheckpointOrLease"},
+	},
+	{
+		name: "leases that end by time are listed as not held", store: func(b *broken) {
+			b.listed = func(all []projection.NamedCheckpoint) []projection.NamedCheckpoint {
+				for i := range all {
+					all[i].Held = all[i].Held && all[i].Lease.Until.IsZero()
+				}
+				return all
+			}
+		},
+		fails: []string{"Listing/NamesWithCheckpointOrLease", "Listing/EndedByTime"},
 	},
 
 	// Features, reopening, ending.

@@ -37,6 +37,12 @@ type Features struct {
 	// after it is opened again. Embedded backends promise it, since they have one
 	// process at a time.
 	LeasesEndWithProcess bool
+	// Shared: several processes can use the state at the same time, and its Shared
+	// method says so (see [projection.Shared]).
+	Shared bool
+	// ConcurrentUpdates: updates that are not fenced, or by different leases, run at
+	// the same time. Those that the same lease has fenced never do.
+	ConcurrentUpdates bool
 	// Bubble: the state can be opened, used and closed inside a testing/synctest
 	// bubble, where it waits by channels alone and never by time. States that live
 	// on a server cannot.
@@ -91,7 +97,9 @@ var groups = []group{
 	{"Rows", rowChecks},
 	{"Checkpoint", checkpointChecks},
 	{"Lease", leaseChecks},
+	{"Listing", listingChecks},
 	{"SQL", sqlChecks},
+	{"Concurrency", concurrencyChecks},
 	{"Ending", endingChecks},
 	{"Bubble", bubbleChecks},
 }
@@ -144,6 +152,15 @@ func (s *suite) context(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeoutCause(t.Context(), s.patience, fmt.Errorf("statetest: gave up after %s", s.patience))
 	t.Cleanup(cancel)
 	return ctx
+}
+
+// turn is what an update does to run after the earlier ones: where updates run
+// at the same time it must be fenced.
+func (s *suite) turn(tx projection.StateTx, lease projection.Lease) error {
+	if !s.features.ConcurrentUpdates {
+		return nil
+	}
+	return tx.Fence(lease)
 }
 
 func needReopen(f Features) string {

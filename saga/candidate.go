@@ -1,0 +1,326 @@
+package saga
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/clock"
+	"github.com/deed-go/deed/internal/worker"
+	"github.com/deed-go/deed/projection"
+)
+
+// candidate is the worker of one process. It runs the process whenever it has
+// its lease, each time with a new runner: whoever lost the lease knows nothing
+// any more, and a step that does not end keeps nothing but its old runner.
+type candidate struct {
+	role
+	state  projection.State
+	clock  clock.Clock
+	owner  string // in the lease
+	named  string // by the options
+	ttl    time.Duration
+	logger *slog.Logger
+
+	opened   chan struct{} // closed when the worker, or the one that has the lease, knows where it begins
+	openOnce sync.Once
+	held     projection.Lease // the last one, as long as it may have to be released; used by Run
+
+	mu      sync.Mutex
+	started bool
+	standby bool          // somebody else has the lease
+	runner  *runner       // while this one has it
+	failure error         // once Run has returned
+	changed chan struct{} // closed, and replaced, when any of these changes
+}
+
+var _ worker.Worker = (*candidate)(nil)
+
+// role is what a candidate needs to know of its process.
+type role struct {
+	name string // of the worker and its lease and checkpoint
+	// begin makes the runner, before each time.
+	begin func() *runner
+	// idle reports whether the stored index has nothing to be done by now.
+	idle func(tx projection.StateTx, now time.Time) (bool, error)
+}
+
+func newCandidate(e *Engine, r role) *candidate {
+	return &candidate{
+		role: r, state: e.state, clock: e.env.clock, owner: e.options.Owner, named: e.options.Owner,
+		ttl: e.options.LeaseTTL, logger: e.env.logger, opened: make(chan struct{}), changed: make(chan struct{}),
+	}
+}
+
+// change alters what the others see.
+func (c *candidate) change(alter func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	alter()
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// current returns the runner, if there is one.
+func (c *candidate) current() *runner {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.runner
+}
+
+// Name implements worker.Worker.
+func (c *candidate) Name() string { return c.name }
+
+// Ready implements worker.Worker.
+func (c *candidate) Ready(ctx context.Context) error {
+	for {
+		c.mu.Lock()
+		failure, changed := c.failure, c.changed
+		c.mu.Unlock()
+		select {
+		case <-c.opened:
+			return nil
+		default:
+		}
+		if failure != nil {
+			return failure
+		}
+		select {
+		case <-c.opened:
+			return nil
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Run implements worker.Worker. A worker runs once.
+func (c *candidate) Run(ctx context.Context) error {
+	c.mu.Lock()
+	if c.started {
+		c.mu.Unlock()
+		return fmt.Errorf("%w: %s was run before: make a new engine", ErrStopped, c.name)
+	}
+	c.started = true
+	c.mu.Unlock()
+
+	err := c.run(ctx)
+	if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		err = nil // it was told to stop
+	}
+	c.change(func() {
+		if c.failure = err; err == nil {
+			c.failure = fmt.Errorf("%w: %s", ErrStopped, c.name)
+		}
+	})
+	return err
+}
+
+func (c *candidate) run(ctx context.Context) error {
+	defer func() { _ = c.release(ctx) }()
+	for {
+		lease, err := c.acquire(ctx)
+		if err != nil {
+			return err
+		}
+		began := time.Now()
+		w := c.begin()
+		w.opened = func() { c.openOnce.Do(func() { close(c.opened) }) }
+		c.change(func() { c.runner = w })
+		err = w.serve(ctx, lease)
+		c.change(func() { c.runner = nil })
+		switch {
+		case !errors.Is(err, projection.ErrFenced):
+			return err
+		case ctx.Err() != nil:
+			return nil
+		}
+		c.logger.Warn("lost the lease to another owner", "worker", c.name, "error", err)
+		// The name that takes leases over has served: were two engines of one name
+		// alive, they would take it from one another for ever.
+		c.owner = c.named + "/" + uuid.NewString()
+		if time.Since(began) < leaseRetry {
+			pause(ctx, leaseRetry)
+		}
+	}
+}
+
+// acquire waits for the lease.
+func (c *candidate) acquire(ctx context.Context) (projection.Lease, error) {
+	defer c.change(func() { c.standby = false })
+	failures := 0
+	for told := false; ; {
+		lease, err := c.tryAcquire(ctx)
+		wait := leaseRetry - leaseRetry/10 + rand.N(leaseRetry/5)
+		switch {
+		case err == nil:
+			return lease, nil
+		case ctx.Err() != nil:
+			return projection.Lease{}, ctx.Err()
+		case lasting(err):
+			return projection.Lease{}, fmt.Errorf("%s: %w", c.name, err)
+		case !errors.Is(err, projection.ErrLeaseHeld):
+			c.logger.Warn("the lease could not be acquired; it is tried again", "worker", c.name, "error", err)
+			wait = backoff(failures)
+			failures++
+		case !told:
+			told = true
+			c.logger.Info("waiting for the lease", "worker", c.name, "reason", err)
+			// Another engine follows the log, and has found its place.
+			c.openOnce.Do(func() { close(c.opened) })
+			c.change(func() { c.standby = true })
+		}
+		if !pause(ctx, wait) {
+			return projection.Lease{}, ctx.Err()
+		}
+	}
+}
+
+func (c *candidate) tryAcquire(ctx context.Context) (projection.Lease, error) {
+	if err := c.release(ctx); err != nil {
+		return projection.Lease{}, err
+	}
+	lease, err := c.state.Acquire(ctx, c.name, c.owner, c.ttl)
+	if err == nil {
+		c.held = lease
+	}
+	return lease, err
+}
+
+// release gives up the lease that was held last: it may be this worker's still,
+// also after it was fenced, for then the checkpoint alone may have moved on.
+func (c *candidate) release(ctx context.Context) error {
+	if c.held.Epoch == 0 {
+		return nil
+	}
+	if err := c.state.Release(context.WithoutCancel(ctx), c.held); err != nil {
+		return err
+	}
+	c.held = projection.Lease{}
+	return nil
+}
+
+// How often whoever stands by looks at the index, while somebody waits: more
+// and more seldom.
+const (
+	lookAtFirst = 10 * time.Millisecond
+	lookAtLast  = 500 * time.Millisecond
+)
+
+// WaitThrough implements worker.Worker. Standing by, it goes by the index that
+// the owner stores.
+func (c *candidate) WaitThrough(ctx context.Context, p eventstore.Position) error {
+	for pace := lookAtFirst; ; {
+		c.mu.Lock()
+		w, standby, failure, changed := c.runner, c.standby, c.failure, c.changed
+		c.mu.Unlock()
+		switch {
+		case failure != nil:
+			return failure
+		case w != nil:
+			if err := w.WaitThrough(ctx, p); !errors.Is(err, projection.ErrFenced) {
+				return err
+			}
+			pace = lookAtFirst
+		case standby:
+			done, err := c.settled(ctx, p)
+			if done || ctx.Err() != nil || err != nil && lasting(err) {
+				return err
+			}
+			soon, cancel := context.WithTimeout(ctx, pace)
+			select {
+			case <-changed:
+			case <-soon.Done():
+			}
+			cancel()
+			pace = min(2*pace, lookAtLast)
+			continue
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// settled reports whether, as the owner has stored it, nothing is left to do
+// that the events up to p cause.
+func (c *candidate) settled(ctx context.Context, p eventstore.Position) (done bool, err error) {
+	err = c.state.View(ctx, func(tx projection.StateTx) error {
+		at, err := tx.Checkpoint(c.name)
+		if err != nil || at.IsZero() || at.Position < p {
+			return err
+		}
+		done, err = c.idle(tx, c.clock.Now())
+		return err
+	})
+	return done && err == nil, err
+}
+
+// NextDue implements worker.Worker. Standing by, nothing is due here.
+func (c *candidate) NextDue() (time.Time, bool) {
+	if w := c.current(); w != nil {
+		return w.NextDue()
+	}
+	return time.Time{}, false
+}
+
+// Fire implements worker.Worker.
+func (c *candidate) Fire(ctx context.Context, now time.Time) error {
+	if w := c.current(); w != nil {
+		if err := w.Fire(ctx, now); !errors.Is(err, projection.ErrFenced) {
+			return err
+		}
+	}
+	return nil
+}
+
+// refresh stores the index if the process runs here.
+func (c *candidate) refresh(ctx context.Context) error {
+	w := c.current()
+	if w == nil {
+		return nil
+	}
+	err := w.refresh(ctx)
+	if errors.Is(err, projection.ErrFenced) {
+		w.fail(err) // and what is stored is what the new owner says
+		return nil
+	}
+	return err
+}
+
+// backoff is the pause after so many failures of the database in a row.
+func backoff(failures int) time.Duration {
+	return min(10*time.Millisecond<<min(failures, 10), longestBackoff)
+}
+
+// longestBackoff bounds how late the end of an outage is noticed.
+const longestBackoff = 3 * time.Second
+
+// errIndex: the stored index is not what this program can read.
+var errIndex = errors.New("the stored index does not decode")
+
+// lasting reports whether trying again cannot help.
+func lasting(err error) bool {
+	if errors.Is(err, eventstore.ErrUnavailable) {
+		return false
+	}
+	for _, target := range []error{
+		eventstore.ErrClosed, eventstore.ErrInvalid, eventstore.ErrTooLarge, eventstore.ErrGap, eventstore.ErrUnknownType, eventstore.ErrDecode,
+		eventstore.ErrNewerVersion, eventstore.ErrKeyReused, errors.ErrUnsupported, ErrUndecided, errNewerHistory, errIndex,
+	} {
+		if errors.Is(err, target) {
+			return true
+		}
+	}
+	return false
+}
