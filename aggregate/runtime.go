@@ -98,6 +98,7 @@ type Runtime struct {
 	stopping  bool
 	drained   chan struct{} // closed when stopping and nothing is busy
 	busy      map[address]active
+	spares    []chan func()                   // goroutines that wait for the next activation
 	idle      *simplelru.LRU[address, active] // nil if none are kept
 	snapshots snapshotQueue
 }
@@ -172,8 +173,9 @@ func (r *Runtime) Stop(ctx context.Context) error {
 	for _, a := range r.busy {
 		names = append(names, fmt.Sprintf("%q", a.name()))
 	}
-	r.mu.Unlock()
 	r.abandon(ErrStopped)
+	r.dismiss()
+	r.mu.Unlock()
 	slices.Sort(names)
 	if len(names) == 0 {
 		return fmt.Errorf("stop the aggregate runtime: snapshots were still being kept, and were abandoned: %w", ctx.Err())
@@ -216,7 +218,7 @@ func submit[S any](r *Runtime, def *Definition[S], c *call[S]) error {
 		}
 		a.wake = make(chan struct{}, 1)
 		r.busy[at] = a
-		go a.run()
+		r.start(a.run)
 	}
 	c.number = a.calls.Add(1)
 	a.queue = append(a.queue, c)
@@ -225,6 +227,42 @@ func submit[S any](r *Runtime, def *Definition[S], c *call[S]) error {
 	default:
 	}
 	return nil
+}
+
+// mostSpares bounds the goroutines that wait for the next activation.
+const mostSpares = 128
+
+// start runs an activation in a goroutine: in one whose last activation has
+// come to rest if there is any, since its stack has grown to what they need.
+// Such spares exist only while other activations are busy. It needs the lock.
+func (r *Runtime) start(run func()) {
+	if n := len(r.spares); n > 0 {
+		r.spares[n-1] <- run
+		r.spares = r.spares[:n-1]
+		return
+	}
+	go func() {
+		next := make(chan func(), 1)
+		for run != nil {
+			run()
+			r.mu.Lock()
+			if len(r.busy) == 0 || len(r.spares) >= mostSpares || r.life.Err() != nil {
+				r.mu.Unlock()
+				return
+			}
+			r.spares = append(r.spares, next)
+			r.mu.Unlock()
+			run = <-next
+		}
+	}()
+}
+
+// dismiss ends the spares. It needs the lock.
+func (r *Runtime) dismiss() {
+	for _, next := range r.spares {
+		close(next)
+	}
+	r.spares = nil
 }
 
 // rest ends the busy time of an activation, unless there are new calls.
@@ -237,6 +275,9 @@ func (a *activation[S]) rest() bool {
 	}
 	at := address{a.def, a.stream.ID}
 	delete(r.busy, at)
+	if len(r.busy) == 0 {
+		r.dismiss()
+	}
 	a.queue, a.entries, a.todo, a.keys, a.wake = nil, nil, nil, nil, nil
 	if a.loaded && r.idle != nil && !r.stopping {
 		r.idle.Add(at, a)
