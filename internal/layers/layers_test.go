@@ -66,6 +66,18 @@ var testOnly = []string{
 	"pgregory.net/rapid",
 }
 
+// programOnly are libraries of the command line: what users import must not
+// make them build those.
+var programOnly = []string{
+	"github.com/alecthomas/kong",
+	"github.com/schollz/progressbar",
+	"github.com/mattn/go-isatty",
+}
+
+func isProgram(pkg string) bool {
+	return strings.HasPrefix(pkg, "cmd/") || strings.HasPrefix(pkg, "examples/")
+}
+
 func isTestKit(pkg string) bool { return strings.HasSuffix(pkg, "test") }
 
 // TestLayers_ArrowsPointDown reads the imports of every file of the project.
@@ -90,14 +102,19 @@ func TestLayers_ArrowsPointDown(t *testing.T) {
 				switch {
 				case ours && inside != pkg && !matches(allowed, inside):
 					t.Errorf("%s: package %q must not import %q: that arrow points up; it may import %s", name, pkg, inside, sorted(allowed))
-				case !ours && !isTestKit(pkg) && slices.ContainsFunc(testOnly, func(lib string) bool {
-					return imported == lib || strings.HasPrefix(imported, lib+"/")
-				}):
+				case !ours && !isTestKit(pkg) && isOf(testOnly, imported):
 					t.Errorf("%s: package %q must not import %q outside of its tests: users would build it", name, pkg, imported)
+				case !ours && !isProgram(pkg) && isOf(programOnly, imported):
+					t.Errorf("%s: package %q must not import %q: it is for programs, and users would build it", name, pkg, imported)
 				}
 			}
 		}
 	}
+}
+
+// isOf reports whether a package is of one of the modules.
+func isOf(modules []string, pkg string) bool {
+	return slices.ContainsFunc(modules, func(m string) bool { return pkg == m || strings.HasPrefix(pkg, m+"/") })
 }
 
 // TestLayers_DocsSayWhatMayBeImported keeps the sentence that a reader learns
