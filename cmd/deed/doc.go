@@ -1,0 +1,75 @@
+// Deed is the operator's tool of the framework: it looks into stores, brings
+// their schemas up to date, and measures what deed does on them.
+//
+//	go install github.com/deed-go/deed/cmd/deed@latest
+//
+// # Stores
+//
+// A store is named by a DSN, with --store or in the environment variable
+// DEED_STORE:
+//
+//	sqlite:shop.db
+//	postgres://ann:secret@db.example.org/shop
+//	memory:
+//
+// A store in memory is empty and ends with the command: it is for measuring.
+// Passwords are never printed. What only looks makes nothing: a file that does
+// not exist is refused, and so is a server's database without the schema. An
+// SQLite file's schema is brought up to date by whoever opens it, these commands
+// included.
+//
+// An SQLite file belongs to one process at a time. While an application has it,
+// every command fails with the number of that process; the file can be read
+// meanwhile with SQLite's own shell, for which it has the view deed_history.
+//
+// # Looking
+//
+// Streams lists the streams that were written last, with their number of events:
+//
+//	deed streams --store sqlite:shop.db --category account
+//
+// Events reads the log, filtered by stream, category, type and tags, from either
+// end, and can wait for more:
+//
+//	deed events --store sqlite:shop.db --stream account-ann
+//	deed events --store sqlite:shop.db --type order.placed --tag customer:ann --backward --limit 10
+//	deed events --store $DB --follow --after head --json | jq .data
+//
+// Projections shows how far each projection has come, who runs it, and how many
+// events it has set aside:
+//
+//	deed projections --store $DB
+//
+// # Schemas
+//
+// Migrate applies what is missing, or prints the statements for people who apply
+// them with a tool of their own:
+//
+//	deed migrate --store $DB
+//	deed migrate --store $DB --print > schema.sql
+//
+// # Measuring
+//
+// Bench measures one kind of work on your own database. What it writes stays
+// there, in categories that begin with "bench_": use a database that can be
+// thrown away.
+//
+//	deed bench append     --store $DB --writers 64 --duration 10s
+//	deed bench append-dcb --store $DB --preload 1000000
+//	deed bench execute    --store $DB --aggregates 1
+//	deed bench project    --store $DB --kind sql
+//	deed bench live       --store $DB --other-process
+//
+// Append, append-dcb, execute and saga write; load, replay and project read;
+// live is about the time in between. Each says with --help what an operation is
+// and what can be set. A run warms up first, and looks afterwards whether what was
+// acknowledged is really there. Package workload in cmd/deed/internal says how
+// the time is taken.
+//
+// # For scripts
+//
+// With --json every command prints JSON: one document, or, for events, one object
+// a line. The exit code is 0 when all went well, 1 when something failed, and 2
+// when the command line is wrong. Interrupting events --follow and bench ends them
+// in good order, with 0.
+package main
