@@ -207,6 +207,9 @@ type onlySQL struct {
 	failed error
 }
 
+// Unwrap is for backends, which may lend out what is their own.
+func (o *onlySQL) Unwrap() Tx { return o.tx }
+
 func (o *onlySQL) note(err error) error {
 	if o.failed == nil && errors.Is(err, ErrUnavailable) {
 		o.failed = err

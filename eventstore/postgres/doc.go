@@ -68,7 +68,8 @@
 // # Transactions of your own
 //
 // [Store.AppendTx] appends within a transaction of the program, beside rows of
-// an inline projection or an outbox.
+// an inline projection or an outbox. The other way round, handlers of SQL
+// projections get at the pgx transaction they run in with [Transaction].
 //
 // # Several processes
 //
