@@ -7,13 +7,12 @@ import (
 	"slices"
 	"time"
 
+	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/groupcommit"
-
-	jsonv1 "github.com/go-json-experiment/json/v1"
 )
 
 // committer owns the connection that appends; only its goroutine uses it.
@@ -90,7 +89,7 @@ func (s *Store) enqueue(ctx context.Context, c eventstore.Commit, settle func(ev
 		return nil
 	}
 	e.settle = settle
-	waiting := s.appends.Put(e, len(e.rows))
+	waiting := s.appends.Put(e, len(e.rows)+perCondition*len(c.Conditions))
 	if waiting == nil {
 		settle(eventstore.Receipt{}, eventstore.ErrClosed)
 	}
@@ -127,8 +126,13 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, error)
 	return e, nil
 }
 
-// perEvent is about what an event costs beside its data.
-const perEvent = 160
+const (
+	// perEvent is about what an event costs beside its data.
+	perEvent = 160
+	// perCondition is what a condition counts for, so that the ledger can keep all
+	// the streams of a batch.
+	perCondition = 256
+)
 
 // run works until Close and then finishes what was handed over.
 func (c *committer) run() {
@@ -180,7 +184,7 @@ func (c *committer) commit(entries []*entry) {
 				}
 				return
 			}
-			b.fail(fmt.Errorf("append: nothing was written: %w", err))
+			b.fail(fmt.Errorf("append: nothing was written: %w", err), err)
 			return
 		}
 		// The database does not answer. It is tried again for as long as patience
@@ -188,7 +192,7 @@ func (c *committer) commit(entries []*entry) {
 		if c.began.IsZero() {
 			c.began = time.Now()
 		}
-		if broken(err) {
+		if broken(err) || code(err) == "25006" { // another server may be the primary now
 			c.hangUp()
 		}
 		patience := c.s.settings.patience
@@ -196,7 +200,7 @@ func (c *committer) commit(entries []*entry) {
 			patience = min(patience, closingPatience)
 		}
 		if time.Since(c.began) > patience {
-			b.fail(unavailable("append", err))
+			b.fail(unavailable("append", err), err)
 			return
 		}
 		time.Sleep(pause)
@@ -209,11 +213,11 @@ const closingPatience = 5 * time.Second
 
 // fail answers the entries that have no answer yet. What was sent before the
 // connection was lost may have been written.
-func (b *batch) fail(err error) {
+func (b *batch) fail(err, cause error) {
 	for _, e := range b.entries {
 		failure := err
 		if e.tries > 0 {
-			failure = fmt.Errorf("append: %w: %w", eventstore.ErrOutcomeUnknown, err)
+			failure = fmt.Errorf("append: %w: %w", eventstore.ErrOutcomeUnknown, cause)
 		}
 		e.settle(eventstore.Receipt{}, failure)
 	}

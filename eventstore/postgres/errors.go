@@ -32,8 +32,11 @@ func code(err error) string {
 // the statement: the connection was lost or refused, the server starts, stops
 // or has run out of something.
 func transient(err error) bool {
-	if err == nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if err == nil || errors.Is(err, context.Canceled) {
 		return false
+	}
+	if _, connecting := errors.AsType[*pgconn.ConnectError](err); errors.Is(err, context.DeadlineExceeded) && !connecting {
+		return false // connecting has a limit of its own
 	}
 	c := code(err)
 	if len(c) < 2 {
@@ -90,9 +93,12 @@ func unavailable(what string, err error) error {
 	return fmt.Errorf("%s: %w", what, err)
 }
 
+// errRestored says what can have happened to a log that has lost something.
+var errRestored = errors.New("the database was restored, failed over to a standby that lagged, or crashed with synchronous_commit=off: restart the program, and check what it did on the lost events")
+
 // errRewound: the log has lost events that this process has seen.
 func errRewound(head, known eventstore.Position) error {
-	return fmt.Errorf("%w: the log ends at position %d, but this process has seen position %d: the database was restored, failed over to a standby that lagged, or crashed with synchronous_commit=off: restart the program, and check what it did on the lost events", eventstore.ErrGap, head, known)
+	return fmt.Errorf("%w: the log ends at position %d, but this process has seen position %d: %w", eventstore.ErrGap, head, known, errRestored)
 }
 
 func errGap(got, want eventstore.Position) error {

@@ -446,7 +446,7 @@ func (s *Store) pageThrough(ctx context.Context, q eventstore.Query, at span) (p
 		var p page
 		err := s.enter(ctx)
 		if err == nil {
-			err = s.reading(ctx, "read events", func(conn *pgx.Conn) (err error) {
+			err = s.reading(ctx, "read events", func(ctx context.Context, conn *pgx.Conn) (err error) {
 				p, err = s.page(ctx, conn, q, at, pageSize)
 				return err
 			})

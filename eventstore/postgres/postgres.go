@@ -249,7 +249,7 @@ func Open(ctx context.Context, url string, options ...Option) (*Store, error) {
 	if set.pooled {
 		unprepared(config.ConnConfig)
 	}
-	if strings.Contains(url, "pool_max_conns") == false {
+	if !strings.Contains(url, "pool_max_conns") {
 		config.MaxConns = 16
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, config)
@@ -439,10 +439,10 @@ func poke(c chan struct{}) {
 // returns the same.
 func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
-		close(s.closing)
-		s.appends.Close()
-		s.callsMu.Lock() // from here on nobody enters
+		s.callsMu.Lock()
+		close(s.closing) // from here on nobody enters
 		s.callsMu.Unlock()
+		s.appends.Close()
 		s.follower.close()
 		s.calls.Wait()
 		s.writing.Wait()
@@ -496,7 +496,7 @@ func (s *Store) Head(ctx context.Context) (eventstore.Position, error) {
 	}
 	defer s.leave()
 	var head eventstore.Position
-	err := s.reading(ctx, "read the head", func(conn *pgx.Conn) (err error) {
+	err := s.reading(ctx, "read the head", func(ctx context.Context, conn *pgx.Conn) (err error) {
 		head, err = s.readHead(ctx, conn)
 		return err
 	})

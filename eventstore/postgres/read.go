@@ -272,15 +272,18 @@ func (s *Store) readHead(ctx context.Context, conn *pgx.Conn) (eventstore.Positi
 }
 
 // reading lends a connection to fn, and calls it again when the connection was
-// lost, until it answers or patience is at an end. fn must only read.
-func (s *Store) reading(ctx context.Context, what string, fn func(*pgx.Conn) error) error {
+// lost or has gone silent, until it answers or patience is at an end. fn must
+// only read.
+func (s *Store) reading(ctx context.Context, what string, fn func(context.Context, *pgx.Conn) error) error {
 	return s.trying(ctx, what, func() error {
+		ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+		defer cancel()
 		conn, err := s.logs.Acquire(ctx)
 		if err != nil {
-			return err
+			return asLost(err)
 		}
 		defer conn.Release()
-		return fn(conn.Conn())
+		return asLost(fn(ctx, conn.Conn()))
 	})
 }
 
@@ -336,7 +339,7 @@ func (s *Store) Lookup(ctx context.Context, _ eventstore.Stream, key string) (ev
 	defer s.leave()
 	var receipt eventstore.Receipt
 	found := false
-	err := s.reading(ctx, "look up an idempotency key", func(conn *pgx.Conn) error {
+	err := s.reading(ctx, "look up an idempotency key", func(ctx context.Context, conn *pgx.Conn) error {
 		receipts, err := s.receipts(ctx, conn, []string{key})
 		receipt, found = receipts[key]
 		return err
@@ -513,7 +516,7 @@ func (r *reader) fetch(ctx context.Context, most int) (page, error) {
 	}
 	defer s.leave()
 	var p page
-	err := s.reading(ctx, "read events", func(conn *pgx.Conn) error {
+	err := s.reading(ctx, "read events", func(ctx context.Context, conn *pgx.Conn) error {
 		at := r.at
 		if !r.begun {
 			if at.through == 0 {

@@ -78,12 +78,12 @@ func (t *stateTx) undo(ctx context.Context, query string, err error) error {
 	failure := sqlFailure(ctx, query, err)
 	if t.tx.Conn().PgConn().TxStatus() != 'E' {
 		if t.tx.Conn().IsClosed() || broken(err) {
-			t.fail(failure)
+			_ = t.fail(failure)
 		}
 		return failure
 	}
 	if _, lost := t.tx.Conn().Exec(t.ctx, rollbackTo); lost != nil {
-		t.fail(failure)
+		_ = t.fail(failure)
 	}
 	return failure
 }

@@ -44,7 +44,7 @@ func (s *Store) AppendTx(ctx context.Context, tx pgx.Tx, c eventstore.Commit) (e
 		return eventstore.Receipt{}, err
 	}
 	// Kinds are made outside of the transaction: they would be locked until it ends.
-	if err := s.reading(ctx, "append", func(conn *pgx.Conn) error {
+	if err := s.reading(ctx, "append", func(ctx context.Context, conn *pgx.Conn) error {
 		missing := map[kind]bool{}
 		known := s.kinds.Load()
 		for i := range e.commit.Events {
@@ -130,7 +130,7 @@ func (s *Store) appendWithin(ctx context.Context, tx pgx.Tx, e *entry) (eventsto
 				err = found.scan(ctx, tx.Conn(), &need)
 			}
 			if err == nil && found.outdated() {
-				if err = s.reading(ctx, "append", func(conn *pgx.Conn) error { return s.learn(ctx, conn) }); err == nil {
+				if err = s.reading(ctx, "append", func(ctx context.Context, conn *pgx.Conn) error { return s.learn(ctx, conn) }); err == nil {
 					continue
 				}
 			}

@@ -144,10 +144,19 @@ func TestHelp(t *testing.T) {
 	for _, args := range [][]string{
 		{},
 		{"--help"},
-		{"bench", "--help"}, {"bench", "append", "--help"}, {"bench", "append-dcb", "--help"}, {"bench", "load", "--help"},
-		{"bench", "replay", "--help"}, {"bench", "execute", "--help"}, {"bench", "project", "--help"}, {"bench", "live", "--help"},
+		{"bench", "--help"},
+		{"bench", "append", "--help"},
+		{"bench", "append-dcb", "--help"},
+		{"bench", "load", "--help"},
+		{"bench", "replay", "--help"},
+		{"bench", "execute", "--help"},
+		{"bench", "project", "--help"},
+		{"bench", "live", "--help"},
 		{"bench", "saga", "--help"},
-		{"migrate", "--help"}, {"streams", "--help"}, {"events", "--help"}, {"projections", "--help"},
+		{"migrate", "--help"},
+		{"streams", "--help"},
+		{"events", "--help"},
+		{"projections", "--help"},
 	} {
 		o := command(t, args...)
 		require.Equal(t, exitOK, o.code, args)
@@ -461,7 +470,10 @@ func TestOutputFails(t *testing.T) {
 	t.Parallel()
 	dsn := shop(t)
 	for _, args := range [][]string{
-		{"events", "--store", dsn}, {"events", "--store", dsn, "--json"}, {"streams", "--store", dsn}, {"streams", "--store", dsn, "--json"},
+		{"events", "--store", dsn},
+		{"events", "--store", dsn, "--json"},
+		{"streams", "--store", dsn},
+		{"streams", "--store", dsn, "--json"},
 		{"bench", "append", "--store", "memory:", "--duration", "1ms", "--warmup", "0s"},
 	} {
 		var stderr bytes.Buffer
@@ -558,9 +570,16 @@ func TestProjections_NoState(t *testing.T) {
 }
 
 var workloads = [][]string{
-	{"append"}, {"append", "--tags", "2", "--batch", "10"}, {"append-dcb"}, {"append-dcb", "--after", "start"},
-	{"load", "--streams", "10"}, {"replay", "--events", "1000"}, {"execute", "--aggregates", "10"},
-	{"project", "--events", "1000"}, {"live", "--rate", "1000"}, {"saga"},
+	{"append"},
+	{"append", "--tags", "2", "--batch", "10"},
+	{"append-dcb"},
+	{"append-dcb", "--after", "start"},
+	{"load", "--streams", "10"},
+	{"replay", "--events", "1000"},
+	{"execute", "--aggregates", "10"},
+	{"project", "--events", "1000"},
+	{"live", "--rate", "1000"},
+	{"saga"},
 }
 
 func TestBench(t *testing.T) {
