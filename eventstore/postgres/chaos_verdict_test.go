@@ -36,13 +36,17 @@ type chaosRow struct {
 }
 
 // chaosMark is the content of the chaos' events. Commit names the commit, as
-// process/writer/number; After is, for events that were appended on the
-// condition that no other one has their tags, what the condition began after.
+// process/writer/number. After is, for events that were appended on the
+// condition that no other one has their type and tags, what the condition began
+// after. Beside is, for those whose condition was on another stream, that
+// stream, and At the version that it had to have.
 type chaosMark struct {
 	Commit string `json:"c"`
 	N      int    `json:"n"`
 	Of     int    `json:"of"`
 	After  *int64 `json:"after,omitempty"`
+	Beside string `json:"beside,omitempty"`
+	At     int64  `json:"at,omitempty"`
 }
 
 type chaosKey struct {
@@ -70,6 +74,10 @@ type claim struct {
 	Revisions []claimedRevision `json:"revs,omitempty"` // none where it was found by reading
 	Why       string            `json:"why,omitempty"`
 	Resolved  string            `json:"res,omitempty"` // how an unknown outcome was
+	// How often the outcome was unknown: because the writer was in a hurry, and
+	// because the database was away.
+	Cut  int `json:"cut,omitempty"`
+	Lost int `json:"lost,omitempty"`
 }
 
 type claimedRevision struct {
@@ -115,7 +123,7 @@ const (
 	foundStranger  = "stranger"  // there, and nobody knows of it
 	foundKey       = "key"       // the table of keys says something else
 	foundTags      = "tags"      // so does the table of tags
-	foundCondition = "condition" // a query that had to match nothing matched
+	foundCondition = "condition" // it did not hold
 	foundSkipped   = "skipped"   // a reader went past an event without seeing it
 	foundRepeated  = "repeated"  // a reader saw an event again, or one before it later
 	foundOther     = "other"     // a reader saw what is not in the log
@@ -363,12 +371,16 @@ func (v *chaosVerdict) keys() {
 	}
 }
 
-// conditions checks the boundaries: events with the content After follow the
-// last one with the same type and tags directly.
+// conditions checks those that events tell of: at their position, and not
+// where they were decided.
 func (v *chaosVerdict) conditions() {
-	before := map[string]int64{}
+	before, versions := map[string]int64{}, map[string]int64{}
 	for i := range v.ev.log {
 		e := &v.ev.log[i]
+		if s := e.mark.Beside; s != "" && versions[s] != e.mark.At {
+			v.add(foundCondition, "position %d was appended on the condition that %s has version %d, and it had %d", e.position, s, e.mark.At, versions[s])
+		}
+		versions[e.stream] = e.version
 		if e.mark.After == nil {
 			continue
 		}
@@ -414,8 +426,8 @@ func (v *chaosVerdict) sighting(s *sighting) {
 	}
 }
 
-// tally counts findings by kind.
-func tally(found []finding) map[string]int {
+// findings counts findings by kind.
+func findings(found []finding) map[string]int {
 	n := map[string]int{}
 	for _, f := range found {
 		n[f.kind]++
@@ -432,7 +444,7 @@ func report(found []finding) string {
 			fmt.Fprintf(&b, "  %s: %s\n", f.kind, f.text)
 		}
 	}
-	return fmt.Sprintf("%v\n%s", tally(found), b.String())
+	return fmt.Sprintf("%v\n%s", findings(found), b.String())
 }
 
 // exhume reads the log past everything that the store does to read it.
@@ -495,7 +507,7 @@ func parseSeen(file []byte) (after int64, seen []seenEvent) {
 func TestChaos_VerdictNotices(t *testing.T) {
 	t.Parallel()
 	id := func(n byte) uuid.UUID { return uuid.UUID{15: n} }
-	ten := int64(0)
+	zero := int64(0)
 	sound := func() *evidence {
 		mark := func(commit string, n, of int) chaosMark { return chaosMark{Commit: commit, N: n, Of: of} }
 		ev := &evidence{
@@ -504,7 +516,7 @@ func TestChaos_VerdictNotices(t *testing.T) {
 				{position: 2, version: 2, stream: "a-1", kind: "k", id: id(2), mark: mark("p/0/1", 1, 2)},
 				{position: 3, version: 1, stream: "b-1", kind: "k", id: id(3), mark: mark("p/0/1", 2, 2), tags: []string{"t", "u"}},
 				{position: 4, version: 3, stream: "a-1", kind: "k", id: id(4), mark: mark("q/0/0", 1, 1)},
-				{position: 5, version: 2, stream: "b-1", kind: "s", id: id(5), mark: chaosMark{Commit: "p/1/0", N: 1, Of: 1, After: &ten}, tags: []string{"t"}},
+				{position: 5, version: 2, stream: "b-1", kind: "s", id: id(5), mark: chaosMark{Commit: "p/1/0", N: 1, Of: 1, After: &zero}, tags: []string{"t"}},
 				{position: 6, version: 3, stream: "b-1", kind: "k", id: id(6), mark: mark("q/0/1", 1, 1)},
 			},
 			tags: map[int64][]string{3: {"u", "t"}, 5: {"t"}},
@@ -571,7 +583,8 @@ func TestChaos_VerdictNotices(t *testing.T) {
 		}},
 		"a tag without a row":  {foundTags, func(ev *evidence) { ev.tags[3] = []string{"t"} }},
 		"a row without a tag":  {foundTags, func(ev *evidence) { ev.tags[1] = []string{"t"} }},
-		"a broken condition":   {foundCondition, func(ev *evidence) { ev.log[5].kind, ev.log[5].tags, ev.log[5].mark.After = "s", []string{"t"}, &ten }},
+		"a broken condition":   {foundCondition, func(ev *evidence) { ev.log[5].kind, ev.log[5].tags, ev.log[5].mark.After = "s", []string{"t"}, &zero }},
+		"a condition beside":   {foundCondition, func(ev *evidence) { ev.log[5].mark.Beside, ev.log[5].mark.At = "a-1", 2 }},
 		"a skipped event":      {foundSkipped, func(ev *evidence) { ev.sightings[0].seen = slices.Delete(ev.sightings[0].seen, 2, 3) }},
 		"a repeated event":     {foundRepeated, func(ev *evidence) { ev.sightings[1].seen = append(ev.sightings[1].seen, ev.sightings[1].seen[0]) }},
 		"disorder":             {foundRepeated, func(ev *evidence) { s := ev.sightings[0].seen; s[1], s[2] = s[2], s[1] }},
@@ -588,7 +601,7 @@ func TestChaos_VerdictNotices(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			ev := sound()
 			c.with(ev)
-			require.Contains(t, tally(ev.judge()), c.kind, "%+v", ev.judge())
+			require.Contains(t, findings(ev.judge()), c.kind, "%+v", ev.judge())
 		})
 	}
 }

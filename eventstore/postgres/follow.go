@@ -3,12 +3,14 @@ package postgres
 import (
 	"context"
 	"errors"
+	"fmt"
 	"iter"
 	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/deed-go/deed/eventstore"
@@ -135,12 +137,16 @@ func (f *follower) run() {
 // catchUp brings the tail to the head of the log, and reports whether it moved.
 func (f *follower) catchUp() (moved bool, err error) {
 	for {
-		after := f.tail.Head()
+		after, last := f.last()
+		at := span{after: after, through: farAway}
+		if last != uuid.Nil {
+			at.after-- // the event that was seen last must still be there
+		}
 		var found []eventstore.Recorded
 		ctx, cancel := context.WithTimeout(f.s.base, answerTimeout)
 		conn, err := f.s.logs.Acquire(ctx)
 		if err == nil {
-			found, err = f.s.fetch(ctx, conn.Conn(), scanLog(f.s.schema, span{after: after, through: farAway}, followingPage), 16)
+			found, err = f.s.fetch(ctx, conn.Conn(), scanLog(f.s.schema, at, followingPage), 16)
 			if err == nil && len(found) == 0 {
 				err = f.notRewound(ctx, conn.Conn(), after)
 			}
@@ -150,6 +156,15 @@ func (f *follower) catchUp() (moved bool, err error) {
 		if err != nil {
 			return moved, asLost(err)
 		}
+		full := len(found) == followingPage
+		if last != uuid.Nil && len(found) > 0 {
+			if e := &found[0]; e.Position != after {
+				return moved, errGap(e.Position, after)
+			} else if e.ID != last {
+				return moved, fmt.Errorf("%w: position %d has the event %s, but this process has seen %s there: %w", eventstore.ErrGap, after, e.ID, last, errRestored)
+			}
+			found = found[1:]
+		}
 		if len(found) == 0 {
 			return moved, nil
 		}
@@ -157,7 +172,7 @@ func (f *follower) catchUp() (moved bool, err error) {
 		if err := contiguous(found, span{after: after, through: found[len(found)-1].Position}, false); err != nil {
 			return moved, err
 		}
-		if len(found) == followingPage {
+		if full {
 			// Far behind: those who want these events read them themselves.
 			head, err := f.head()
 			if err != nil {
@@ -172,6 +187,23 @@ func (f *follower) catchUp() (moved bool, err error) {
 		}
 		f.tail.Append(found)
 		f.mu.Unlock()
+	}
+}
+
+// last returns the head of the tail, and the id of the event there if it is
+// kept.
+func (f *follower) last() (eventstore.Position, uuid.UUID) {
+	for {
+		head := f.tail.Head()
+		if head == 0 {
+			return 0, uuid.Nil
+		}
+		if now := f.tail.Since(head - 1); now.Head > head {
+			continue
+		} else if len(now.Events) > 0 {
+			return head, now.Events[0][0].ID
+		}
+		return head, uuid.Nil
 	}
 }
 

@@ -2,9 +2,12 @@ package postgres
 
 import (
 	"context"
+	"fmt"
 	"maps"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/deed-go/deed/eventstore"
 )
 
 // kind is an event type within a category.
@@ -39,9 +42,15 @@ func (s *Store) readKinds(ctx context.Context, conn *pgx.Conn) (*kinds, error) {
 
 // learn publishes kinds that were read from the database.
 func (s *Store) learn(ctx context.Context, conn *pgx.Conn) error {
+	before := s.kinds.Load()
 	read, err := s.readKinds(ctx, conn)
 	if err != nil {
 		return err
+	}
+	for id, name := range before.byID {
+		if read.byID[id] != name {
+			return fmt.Errorf("%w: the kind of events %d, %q of category %q, is not what it was: %w", eventstore.ErrGap, id, name.eventType, name.category, errRestored)
+		}
 	}
 	for {
 		known := s.kinds.Load()

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/stretchr/testify/require"
 
@@ -408,4 +409,8 @@ func openPool(t testing.TB, p *pgxpool.Pool, options ...Option) *Store {
 // with sets unexported settings.
 func with(set func(*settings)) Option {
 	return func(s *settings) error { set(s); return nil }
+}
+
+func pgError(severity, unlocalized, code string) error {
+	return fmt.Errorf("wrapped: %w", &pgconn.PgError{Severity: severity, SeverityUnlocalized: unlocalized, Code: code})
 }

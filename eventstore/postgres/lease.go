@@ -112,12 +112,24 @@ func (s *Store) Acquire(ctx context.Context, name, owner string, ttl time.Durati
 		}
 		var epoch int64
 		var until *time.Time
-		err := s.pool.QueryRow(ctx, `INSERT INTO `+s.schema+`.leases AS l (name, owner, epoch, held, until, member)
+		// An update of the owner may have the row locked. Only after that wait, in a
+		// statement of its own, is it looked whether the owner still lives.
+		b := &pgx.Batch{}
+		b.Queue("SELECT FROM "+s.schema+".leases WHERE name = $1 FOR UPDATE", name)
+		b.Queue(`INSERT INTO `+s.schema+`.leases AS l (name, owner, epoch, held, until, member)
 			VALUES ($1, $2, 1, true, clock_timestamp() + $3::bigint * interval '1 microsecond', $4)
 			ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, epoch = l.epoch + 1, held = true, until = excluded.until, member = excluded.member
 			WHERE NOT l.held OR l.owner = excluded.owner OR l.until <= clock_timestamp()
 			   OR l.until IS NULL AND NOT EXISTS (SELECT FROM `+s.schema+`.members m WHERE m.id = l.member AND m.until > clock_timestamp())
-			RETURNING epoch, until`, name, owner, deadlineText(ttl), member).Scan(&epoch, &until)
+			RETURNING epoch, until`, name, owner, deadlineText(ttl), member)
+		results := s.pool.SendBatch(ctx, b)
+		_, err := results.Exec()
+		if err == nil {
+			err = results.QueryRow().Scan(&epoch, &until)
+		}
+		if closing := results.Close(); err == nil {
+			err = closing
+		}
 		if errors.Is(err, pgx.ErrNoRows) {
 			return s.held(ctx, name)
 		}

@@ -33,7 +33,11 @@ func (m Migration) In(schema string) string {
 	var b strings.Builder
 	if m.Version == 1 {
 		// CREATE SCHEMA IF NOT EXISTS would ask for the right to make one even where it exists.
-		fmt.Fprintf(&b, "DO $do$ BEGIN IF to_regnamespace(%s) IS NULL THEN CREATE SCHEMA %s; END IF; END $do$;\nCREATE TABLE %s;\n\n", literal(quoted), quoted, migrationsTable(quoted))
+		quote := "$do$"
+		for strings.Contains(quoted, quote) {
+			quote = "$d" + quote[1:]
+		}
+		fmt.Fprintf(&b, "DO %s BEGIN IF to_regnamespace(%s) IS NULL THEN CREATE SCHEMA %s; END IF; END %s;\nCREATE TABLE %s;\n\n", quote, literal(quoted), quoted, quote, migrationsTable(quoted))
 	}
 	b.WriteString(strings.ReplaceAll(m.SQL, "{schema}", quoted))
 	if m.Version == 1 {
@@ -117,14 +121,7 @@ func Migrate(ctx context.Context, url string, options ...Option) ([]Migration, e
 	if err := server.check(); err != nil {
 		return nil, err
 	}
-	before, err := appliedVersion(ctx, conn, set.schema)
-	if err != nil {
-		return nil, err
-	}
-	if err := migrate(ctx, conn, set.schema, set.steps, true); err != nil {
-		return nil, err
-	}
-	return set.steps[min(before, len(set.steps)):], nil
+	return migrate(ctx, conn, set.schema, set.steps, true)
 }
 
 // appliedVersion returns the last step that was applied; 0 if there is none.
@@ -145,43 +142,46 @@ func appliedVersion(ctx context.Context, q querier, schema string) (int, error) 
 	return version, unavailable("read the version of the schema", err)
 }
 
-// migrate applies the steps that are missing, in one transaction. Those who
-// come at the same time wait for the first.
-func migrate(ctx context.Context, conn *pgx.Conn, schema string, steps []Migration, apply bool) error {
+// migrate applies the steps that are missing, in one transaction, and returns
+// them. Those who come at the same time wait for the first.
+func migrate(ctx context.Context, conn *pgx.Conn, schema string, steps []Migration, apply bool) ([]Migration, error) {
 	version, err := appliedVersion(ctx, conn, schema)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if version > len(steps) {
-		return fmt.Errorf("%w: schema %q has version %d, this program knows %d: run a newer program", eventstore.ErrNewerVersion, schema, version, len(steps))
+		return nil, fmt.Errorf("%w: schema %q has version %d, this program knows %d: run a newer program", eventstore.ErrNewerVersion, schema, version, len(steps))
 	}
 	if version == len(steps) {
-		return nil
+		return nil, nil
 	}
 	if !apply {
-		return fmt.Errorf("%w: schema %q has version %d, this program needs %d: run \"deed migrate\", or apply the statements that postgres.Migrations prints", eventstore.ErrInvalid, schema, version, len(steps))
+		return nil, fmt.Errorf("%w: schema %q has version %d, this program needs %d: run \"deed migrate\", or apply the statements that postgres.Migrations prints", eventstore.ErrInvalid, schema, version, len(steps))
 	}
 	tx, err := conn.BeginTx(ctx, pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
 	if err != nil {
-		return unavailable("migrate", err)
+		return nil, unavailable("migrate", err)
 	}
 	defer func() { _ = tx.Rollback(context.WithoutCancel(ctx)) }()
 	// The schema may not exist yet, so the lock is on its name.
 	if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtextextended('deed migrations of ' || $1, 0))", schema); err != nil {
-		return unavailable("migrate", err)
+		return nil, unavailable("migrate", err)
 	}
 	if version, err = appliedVersion(ctx, tx, schema); err != nil {
-		return err
+		return nil, err
 	}
 	if version > len(steps) {
-		return fmt.Errorf("%w: schema %q has version %d, this program knows %d: run a newer program", eventstore.ErrNewerVersion, schema, version, len(steps))
+		return nil, fmt.Errorf("%w: schema %q has version %d, this program knows %d: run a newer program", eventstore.ErrNewerVersion, schema, version, len(steps))
 	}
 	for _, m := range steps[version:] {
 		if _, err := tx.Exec(ctx, m.In(schema), pgx.QueryExecModeSimpleProtocol); err != nil {
-			return unavailable(fmt.Sprintf("migration %03d_%s of schema %q", m.Version, m.Name, schema), err)
+			return nil, unavailable(fmt.Sprintf("migration %03d_%s of schema %q", m.Version, m.Name, schema), err)
 		}
 	}
-	return unavailable("migrate", tx.Commit(ctx))
+	if err := tx.Commit(ctx); err != nil {
+		return nil, unavailable("migrate", err)
+	}
+	return steps[version:], nil
 }
 
 // newID is a random id for a process.

@@ -40,6 +40,7 @@ const (
 // is not known here, and its events must not be missed.
 func makePlan(q eventstore.Query, schema string) plan {
 	p := plan{everything: q.Everything, exact: true}
+	schema = verbatim(schema)
 	for i := range q.Items {
 		item := &q.Items[i]
 		constrained := item.Category != "" || len(item.Types) > 0
@@ -70,6 +71,9 @@ func makePlan(q eventstore.Query, schema string) plan {
 	}
 	return p
 }
+
+// verbatim makes a name a part of a format.
+func verbatim(name string) string { return strings.ReplaceAll(name, "%", "%%") }
 
 // kindsOf is the condition on k (kinds) that the item makes.
 func kindsOf(item *eventstore.Item) (where string, args []any) {
@@ -130,6 +134,7 @@ func scanStream(schema, stream string, at span, limit int) statement {
 // arms in position order, each once.
 func (p *plan) positions(schema string, at span, limit int) statement {
 	var b strings.Builder
+	schema = verbatim(schema)
 	st := statement{args: []any{int64(at.after), int64(at.through), int64(limit)}}
 	b.WriteString("SELECT u.position FROM (")
 	for i, a := range p.arms {
@@ -147,8 +152,9 @@ func (p *plan) positions(schema string, at span, limit int) statement {
 		case byTag:
 			fmt.Fprintf(&b, "(SELECT t.position FROM "+schema+".tags t WHERE "+a.where+" AND t.position > $1::bigint AND t.position <= $2::bigint ORDER BY t.position"+order(at.backward)+" LIMIT $3::bigint)", numbers...)
 		case byKind:
-			// Each kind on its own, in order and bounded, so that the index does it all.
-			fmt.Fprintf(&b, "(SELECT l.position FROM (SELECT k.id FROM "+schema+".kinds k WHERE "+a.where+" OFFSET 0) k CROSS JOIN LATERAL (SELECT e.position FROM "+schema+".events e WHERE e.kind = k.id AND e.position > $1::bigint AND e.position <= $2::bigint ORDER BY e.position"+order(at.backward)+" LIMIT $3::bigint) l)", numbers...)
+			// Each kind on its own, in order and bounded, so that the index does it all; the
+			// rows keep the planner from taking the index on positions instead.
+			fmt.Fprintf(&b, "(SELECT l.position FROM (SELECT k.id FROM "+schema+".kinds k WHERE "+a.where+" OFFSET 0) k CROSS JOIN LATERAL (SELECT e.position FROM "+schema+".events e WHERE (e.kind, e.position) > (k.id, $1::bigint) AND (e.kind, e.position) <= (k.id, $2::bigint) ORDER BY e.kind"+order(at.backward)+", e.position"+order(at.backward)+" LIMIT $3::bigint) l)", numbers...)
 		}
 	}
 	b.WriteString(") u")
@@ -163,8 +169,9 @@ func (p *plan) positions(schema string, at span, limit int) statement {
 // rows returns the statement that reads the events at the candidate positions.
 func (p *plan) rows(schema string, at span, limit int) statement {
 	st := p.positions(schema, at, limit)
-	// The subquery keeps its own order and bound; the events are looked up one by one.
-	st.text = "SELECT " + columns + " FROM (" + st.text + ") c JOIN " + schema + ".events e ON e.position = c.position ORDER BY e.position" + order(at.backward)
+	// The subquery keeps its own order and bound; the events are looked up one by
+	// one, which OFFSET makes sure of.
+	st.text = "SELECT " + columns + " FROM (" + st.text + ") c CROSS JOIN LATERAL (SELECT * FROM " + schema + ".events e WHERE e.position = c.position OFFSET 0) e ORDER BY c.position" + order(at.backward)
 	return st
 }
 

@@ -349,7 +349,7 @@ func (s *Store) prepare(ctx context.Context) error {
 	if err := server.check(); err != nil {
 		return err
 	}
-	if err := migrate(ctx, conn.Conn(), s.settings.schema, s.settings.steps, s.settings.migrate); err != nil {
+	if _, err := migrate(ctx, conn.Conn(), s.settings.schema, s.settings.steps, s.settings.migrate); err != nil {
 		return err
 	}
 	if err := conn.Conn().QueryRow(ctx, "SELECT id::text FROM "+s.schema+".log").Scan(&s.logID); err != nil {
@@ -366,7 +366,13 @@ func (s *Store) prepare(ctx context.Context) error {
 		s.config.ConnectTimeout = connectTimeout
 	}
 	s.config.OnNotification = nil
+	mode := server.commitMode(s.settings.synchronousCommit)
 	if s.settings.pooled {
+		// Sessions cannot be told: each transaction that appends is.
+		if mode != "" {
+			s.texts.commitMode = "SET LOCAL synchronous_commit = " + mode
+			s.texts.appendBatch = strings.Replace(s.texts.appendEvents, " FROM ", " FROM (SELECT set_config('synchronous_commit', '"+mode+"', true)) AS mode CROSS JOIN ", 1)
+		}
 		unprepared(s.config)
 		return s.openReaders(ctx)
 	}
@@ -392,7 +398,7 @@ func (s *Store) prepare(ctx context.Context) error {
 	} {
 		s.config.RuntimeParams[name] = value
 	}
-	if mode := server.commitMode(s.settings.synchronousCommit); mode != "" {
+	if mode != "" {
 		s.config.RuntimeParams["synchronous_commit"] = mode
 	}
 	return s.openReaders(ctx)
@@ -420,7 +426,8 @@ func (s *Store) start(ctx context.Context) (eventstore.Position, error) {
 		return 0, err
 	}
 	s.kinds.Store(known)
-	return s.readHead(ctx, conn.Conn())
+	head, err := s.readHead(ctx, conn.Conn())
+	return head, unavailable("read the head", err)
 }
 
 // signal tells the committer that there may be work.

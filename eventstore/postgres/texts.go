@@ -6,7 +6,8 @@ import "strings"
 type texts struct {
 	head, lastEvent           string
 	delta, heads, receipts    string
-	appendEvents              string
+	appendEvents, appendBatch string
+	commitMode                string // how batches are committed; "" for as the session says
 	copyEvents, copyTags      string
 	copyKeys, lock, lockFirst string
 	newest, notify            string
@@ -15,7 +16,7 @@ type texts struct {
 
 func newTexts(schema string) texts {
 	with := func(text string) string { return strings.ReplaceAll(text, "{schema}", schema) }
-	return texts{
+	t := texts{
 		head:      with("SELECT max(position) FROM {schema}.events"),
 		lastEvent: with("SELECT id FROM {schema}.events WHERE position = $1"),
 		delta:     with("SELECT e.position, e.version, e.kind, e.id, e.stream, e.tags FROM {schema}.events e WHERE e.position > $1 ORDER BY e.position LIMIT $2"),
@@ -31,10 +32,13 @@ func newTexts(schema string) texts {
 		lock:         with("SELECT {schema}.lock_log($1)"),
 		lockFirst:    "SELECT pg_advisory_xact_lock(%d)",
 		newest:       with("SELECT id FROM {schema}.events ORDER BY position DESC LIMIT 1"),
-		written: with(`SELECT n.id::uuid, e.position, e.version FROM unnest($2::text[], $3::int[]) AS n (id, size)
-			JOIN {schema}.events f ON f.position > $1 AND f.id = n.id::uuid
-			JOIN {schema}.events e ON e.position >= f.position AND e.position < f.position + n.size ORDER BY e.position`),
+		written: with(`SELECT f.id, e.position, e.version FROM (SELECT e.position, e.id, n.size FROM {schema}.events e
+				JOIN unnest($2::text[], $3::int[]) AS n (id, size) ON n.id::uuid = e.id WHERE e.position > $1 OFFSET 0) f
+			CROSS JOIN LATERAL (SELECT position, version FROM {schema}.events WHERE position >= f.position AND position < f.position + f.size ORDER BY position OFFSET 0) e
+			ORDER BY e.position`),
 		countKinds: with("SELECT count(*)::int FROM {schema}.kinds"),
 		notify:     "SELECT pg_notify($1, $2)",
 	}
+	t.appendBatch = t.appendEvents
+	return t
 }

@@ -143,7 +143,7 @@ func (s *Store) appendWithin(ctx context.Context, tx pgx.Tx, e *entry) (eventsto
 		case len(settled)+len(b.losers) > 0:
 			return e.receipt, e.err
 		default:
-			done, err := s.callAppend(ctx, tx.Conn(), b, l.known, func() {})
+			done, err := s.callAppend(ctx, tx.Conn(), s.texts.appendEvents, b, l.known, func() {})
 			if err != nil {
 				return eventstore.Receipt{}, unavailable("append", err)
 			}

@@ -120,7 +120,7 @@ func (c *committer) write(b *batch, how form) (*landing, error) {
 		}
 		return nil, err
 	case codeRewound:
-		return nil, fmt.Errorf("%w: %w", eventstore.ErrGap, err)
+		return nil, c.lookup(b, &questions{refresh: true}) // which fails, and says why
 	case codeIsolation:
 		return nil, fmt.Errorf("%w: %w", eventstore.ErrInvalid, err)
 	case "23505":
@@ -297,7 +297,7 @@ func (c *committer) call(b *batch) (*landing, error) {
 	defer cancel()
 	began := time.Now()
 	b.trying(c.l.known)
-	result, err := c.s.callAppend(ctx, c.conn, b, c.l.known, func() {
+	result, err := c.s.callAppend(ctx, c.conn, c.s.texts.appendBatch, b, c.l.known, func() {
 		if sent := c.s.settings.sent; sent != nil {
 			sent()
 		}
@@ -355,7 +355,7 @@ type called struct {
 
 // callAppend calls the function append_events for what was judged on the log
 // up to known.
-func (s *Store) callAppend(ctx context.Context, conn *pgx.Conn, b *batch, known eventstore.Position, sent func()) (called, error) {
+func (s *Store) callAppend(ctx context.Context, conn *pgx.Conn, text string, b *batch, known eventstore.Position, sent func()) (called, error) {
 	values, oids := s.arguments(b, known)
 	formats := make([]int16, len(values))
 	for i := range formats {
@@ -363,9 +363,9 @@ func (s *Store) callAppend(ctx context.Context, conn *pgx.Conn, b *batch, known 
 	}
 	var reader *pgconn.ResultReader
 	if s.settings.pooled {
-		reader = conn.PgConn().ExecParams(ctx, s.texts.appendEvents, values, oids, formats, binaryFormat)
+		reader = conn.PgConn().ExecParams(ctx, text, values, oids, formats, binaryFormat)
 	} else {
-		description, err := conn.Prepare(ctx, s.texts.appendEvents, s.texts.appendEvents)
+		description, err := conn.Prepare(ctx, text, text)
 		if err != nil {
 			return called{}, err
 		}
@@ -530,6 +530,9 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	trip := &pgx.Batch{}
 	trip.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
 	trip.Queue("SET LOCAL idle_in_transaction_session_timeout = '5s'")
+	if mode := c.s.texts.commitMode; mode != "" {
+		trip.Queue(mode)
+	}
 	trip.Queue(c.s.texts.lock, c.s.lock).QueryRow(func(row pgx.Row) error { return row.Scan(&waited) })
 	l.queue(trip, c.l.known, &questions{})
 	rollback := func(err error) (*landing, error) {

@@ -1,0 +1,89 @@
+package postgres
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/pgtest"
+)
+
+// A subscriber of another process sees a commit soon, when nothing else is
+// going on: with notifications, and without them by looking more often.
+func TestStore_Subscribe_Latency(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it measures time")
+	}
+	for _, test := range []struct {
+		name    string
+		options []Option
+		pace    time.Duration
+		within  time.Duration // 99 of 100
+	}{
+		{"Told", nil, 5 * time.Millisecond, 25 * time.Millisecond},
+		{"Untold", []Option{with(func(s *settings) { s.deaf = true })}, 20 * time.Millisecond, 150 * time.Millisecond},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			url := pgtest.Database(t)
+			writer, other := openURL(t, url), openURL(t, url, test.options...)
+			type arrival struct {
+				position eventstore.Position
+				at       time.Time
+			}
+			arrivals := make(chan arrival, 10_000)
+			ready := make(chan struct{})
+			go func() {
+				for b, err := range other.Subscribe(t.Context(), eventstore.All(), 0) {
+					if err != nil {
+						return
+					}
+					now := time.Now()
+					select {
+					case <-ready:
+					default:
+						close(ready)
+					}
+					for _, e := range b.Events {
+						arrivals <- arrival{e.Position, now}
+					}
+				}
+			}()
+			mustAppend(t, writer, commit(event(account("ann"), "noted")))
+			<-ready
+			report := ""
+			for round := range 3 {
+				commits := 200
+				if test.pace > 10*time.Millisecond {
+					commits = 60
+				}
+				committed := map[eventstore.Position]time.Time{}
+				ticker := time.NewTicker(test.pace)
+				for range commits {
+					<-ticker.C
+					r := mustAppend(t, writer, commit(event(account("ann"), "noted")))
+					committed[r.Last] = time.Now()
+				}
+				ticker.Stop()
+				var took []time.Duration
+				for len(took) < commits {
+					a := <-arrivals
+					if at, ok := committed[a.position]; ok {
+						took = append(took, max(0, a.at.Sub(at)))
+					}
+				}
+				slices.Sort(took)
+				p50, p99 := took[len(took)/2], took[len(took)*99/100]
+				report += fmt.Sprintf("round %d: p50 %s, p99 %s, max %s\n", round, p50, p99, took[len(took)-1])
+				if p99 < test.within {
+					t.Log(report)
+					return
+				}
+			}
+			require.Fail(t, "in three rounds it was never soon enough", "%s expected:\n%s", test.within, report)
+		})
+	}
+}
