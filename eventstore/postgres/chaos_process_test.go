@@ -619,11 +619,19 @@ func (w *chaosWriter) appendKeyed() {
 }
 
 // appendShared uses a key that writers of all processes use: whoever comes
-// first writes, for the others it was written.
+// first writes, for the others it was written, whatever their conditions are.
 func (w *chaosWriter) appendShared() {
-	c := w.begin(eventstore.Stream{Category: "once", ID: fmt.Sprint(w.random.IntN(10))})
-	c.Key, c.Fingerprint = fmt.Sprintf("shared/%d", w.p.head.Load()/40+w.random.Uint64N(3)), "shared"
-	w.append(c)
+	number := w.p.head.Load()/40 + w.random.Uint64N(3)
+	s := eventstore.Stream{Category: "once", ID: fmt.Sprint(number)}
+	c := w.begin(s)
+	c.Key, c.Fingerprint = fmt.Sprintf("shared/%d", number), "shared"
+	if w.random.IntN(2) == 0 {
+		c = under(c, eventstore.StreamAt(s, eventstore.Revision{}))
+	}
+	n := w.n
+	if got := w.append(c); got.Why == chaosConflict {
+		w.p.complain(w.id, n, "a conflict with the commit that has used the key %q", c.Key)
+	}
 }
 
 // takeSeat appends if nobody has the seat: a boundary over two tags.

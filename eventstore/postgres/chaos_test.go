@@ -521,19 +521,19 @@ func TestChaos(t *testing.T) {
 	}
 	c.read()
 	if long() {
-		c.terror(time.Duration(3000+c.random.IntN(6000)) * time.Millisecond)
+		c.terror(time.Duration(5000+c.random.IntN(6000)) * time.Millisecond)
 		c.restart()
-		c.terror(4 * time.Second)
+		c.terror(5 * time.Second)
 		// The lock is waited for 3 seconds, then its holder is ended and everybody
 		// appends what has gathered.
 		c.pause(1+c.random.IntN(2), 10*time.Second, 8*time.Second)
-		c.terror(3 * time.Second)
+		c.terror(5 * time.Second)
 		c.kill(0, "a2")
-		c.terror(time.Duration(3000+c.random.IntN(6000)) * time.Millisecond)
+		c.terror(time.Duration(5000+c.random.IntN(6000)) * time.Millisecond)
 		c.restart()
-		c.terror(4 * time.Second)
+		c.terror(5 * time.Second)
 		c.pause(1+c.random.IntN(2), 0, 8*time.Second)
-		c.terror(6 * time.Second)
+		c.terror(8 * time.Second)
 	} else {
 		c.terror(time.Second)
 		c.restart()

@@ -350,8 +350,15 @@ func TestOpen_SynchronousCommit(t *testing.T) {
 		mode   string // asked for
 		want   string
 	}{
-		{"on", "", "on"}, {"off", "", "on"}, {"local", "", "local"}, {"remote_apply", "", "remote_apply"},
-		{"off", "on", "on"}, {"on", "off", "off"}, {"off", "off", "off"}, {"on", "remote_write", "remote_write"}, {"off", "local", "local"},
+		{"on", "", "on"},
+		{"off", "", "on"},
+		{"local", "", "local"},
+		{"remote_apply", "", "remote_apply"},
+		{"off", "on", "on"},
+		{"on", "off", "off"},
+		{"off", "off", "off"},
+		{"on", "remote_write", "remote_write"},
+		{"off", "local", "local"},
 	} {
 		for _, pooled := range []bool{false, true} {
 			t.Run(fmt.Sprintf("server=%s,asked=%s,pooled=%t", test.server, test.mode, pooled), func(t *testing.T) {

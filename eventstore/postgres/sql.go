@@ -189,7 +189,7 @@ func (s *Store) guard(query string) error {
 		case word == "":
 			word = strings.ToUpper(t.text)
 			switch word {
-			case "BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT", "SAVEPOINT", "RELEASE", "PREPARE", "DISCARD", "LISTEN", "UNLISTEN", "NOTIFY", "SET", "RESET", "COPY", "VACUUM":
+			case "BEGIN", "START", "COMMIT", "END", "ROLLBACK", "ABORT", "SAVEPOINT", "RELEASE", "PREPARE", "DEALLOCATE", "DISCARD", "LISTEN", "UNLISTEN", "NOTIFY", "SET", "RESET", "COPY", "VACUUM":
 				return fmt.Errorf("%w: sql %q: %s is not for projections: they share the transaction of the checkpoint", eventstore.ErrInvalid, query, word)
 			}
 		}
@@ -226,7 +226,7 @@ func tokens(sql string) []token {
 		case strings.HasPrefix(rest, "/*"):
 			i += comment(rest)
 		case c == '\'':
-			escapes := i > 0 && (sql[i-1] == 'E' || sql[i-1] == 'e')
+			escapes := i > 0 && (sql[i-1] == 'E' || sql[i-1] == 'e') && len(all[len(all)-1].text) == 1 // the word E, not one that ends in it
 			i += quoted(rest, '\'', escapes)
 		case c == '"':
 			n := quoted(rest, '"', false)
