@@ -338,7 +338,7 @@ func TestChaos_Projections(t *testing.T) {
 	for _, row := range want {
 		events += row.Events
 	}
-	t.Logf("%d events, %d sessions ended, %d crashes of the server, %d processes killed, projections fenced %d times; others took over after %v, and the owners went on after %v; in the end %v",
+	t.Logf("%d events, %d sessions ended, %d crashes of the server, %d processes killed, projections fenced %d times; others took over after %v, and the owners went on after %v; in the end %+v",
 		events, c.terminated, c.restarts, c.kills, c.fenced, c.others, c.paused, moves)
 	require.Empty(t, stale, "commits of former owners")
 	require.Equal(t, want, sql, "the table of the SQL projection, and the fold of the log")

@@ -24,6 +24,7 @@ type committer struct {
 	calm   int   // batches in a row that found the log as the ledger knew it
 	buffer []byte
 	taken  []*entry
+	alone  bool // a batch takes no others along
 	began  time.Time // since when the database has not answered; zero: it does
 }
 
@@ -179,9 +180,12 @@ func (c *committer) commit(entries []*entry) {
 		if !transient(err) || c.fatal != nil {
 			if len(b.entries) > 1 && c.fatal == nil && len(b.tried()) == 0 {
 				// One of them is to blame; the others are not to suffer for it.
+				alone := c.alone
+				c.alone = true
 				for _, e := range b.entries {
 					c.commit([]*entry{e})
 				}
+				c.alone = alone
 				return
 			}
 			b.fail(fmt.Errorf("append: nothing was written: %w", err), err)
@@ -487,6 +491,17 @@ func (c *committer) recover(b *batch) error {
 
 // makeKinds makes the kinds of the batch's events that are new.
 func (c *committer) makeKinds(b *batch) error {
+	missing := c.missingKinds(b)
+	if missing == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.s.base), answerTimeout)
+	defer cancel()
+	return asLost(c.s.makeKinds(ctx, c.conn, missing))
+}
+
+// missingKinds returns the kinds of the batch's events that are not known.
+func (c *committer) missingKinds(b *batch) map[kind]bool {
 	known := c.s.kinds.Load()
 	var missing map[kind]bool
 	for _, e := range b.entries {
@@ -500,10 +515,5 @@ func (c *committer) makeKinds(b *batch) error {
 			}
 		}
 	}
-	if missing == nil {
-		return nil
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.s.base), answerTimeout)
-	defer cancel()
-	return asLost(c.s.makeKinds(ctx, c.conn, missing))
+	return missing
 }

@@ -146,7 +146,7 @@ func (f *follower) catchUp() (moved bool, err error) {
 		ctx, cancel := context.WithTimeout(f.s.base, answerTimeout)
 		conn, err := f.s.logs.Acquire(ctx)
 		if err == nil {
-			found, err = f.s.fetch(ctx, conn.Conn(), scanLog(f.s.schema, at, followingPage), 16)
+			found, err = f.s.fetch(ctx, conn.Conn(), scanLog(f.s.schema, at, followingPage), 16, nil)
 			if err == nil && len(found) == 0 {
 				err = f.notRewound(ctx, conn.Conn(), after)
 			}
@@ -479,7 +479,7 @@ func (s *Store) pageThrough(ctx context.Context, q eventstore.Query, at span) (p
 		err := s.enter(ctx)
 		if err == nil {
 			err = s.reading(ctx, "read events", func(ctx context.Context, conn *pgx.Conn) (err error) {
-				p, err = s.page(ctx, conn, q, at, pageSize)
+				p, err = s.page(ctx, conn, q, at, pageSize, nil)
 				return err
 			})
 			s.leave()

@@ -160,7 +160,7 @@ func (l *lookup) scan(ctx context.Context, conn *pgx.Conn, q *questions) error {
 		}
 		at := span{after: c.after, through: l.head}
 		for l.found[c.of] = 0; at.after < at.through; {
-			p, err := l.s.page(ctx, conn, c.query, at, 1)
+			p, err := l.s.page(ctx, conn, c.query, at, 1, nil)
 			if err != nil {
 				return err
 			}

@@ -47,9 +47,10 @@ type page struct {
 	done    bool
 }
 
-// page returns up to most matching events of the range. It considers a bounded
+// page returns up to most matching events of the range, in the room given if it
+// is large enough. It considers a bounded
 // number of candidates, so it may return fewer, even none, without being done.
-func (s *Store) page(ctx context.Context, conn *pgx.Conn, q eventstore.Query, at span, most int) (page, error) {
+func (s *Store) page(ctx context.Context, conn *pgx.Conn, q eventstore.Query, at span, most int, room []eventstore.Recorded) (page, error) {
 	if at.after >= at.through {
 		return page{done: true}, nil
 	}
@@ -63,7 +64,7 @@ func (s *Store) page(ctx context.Context, conn *pgx.Conn, q eventstore.Query, at
 	if limit <= pageSize {
 		expected = min(limit, 128)
 	}
-	found, err := s.fetch(ctx, conn, st, expected)
+	found, err := s.fetch(ctx, conn, st, expected, room)
 	if err != nil {
 		return page{}, err
 	}
@@ -129,12 +130,16 @@ const (
 // fetch runs a statement that reads events, about as many as expected. It
 // works on the bytes that the server sends, and copies what events keep of them
 // into a few large blocks.
-func (s *Store) fetch(ctx context.Context, conn *pgx.Conn, st statement, expected int) ([]eventstore.Recorded, error) {
-	d := decoder{events: make([]eventstore.Recorded, 0, expected), kinds: make([]int32, 0, expected)}
+func (s *Store) fetch(ctx context.Context, conn *pgx.Conn, st statement, expected int, room []eventstore.Recorded) ([]eventstore.Recorded, error) {
+	if cap(room) < expected {
+		room = make([]eventstore.Recorded, 0, expected)
+	}
+	d := decoder{events: room[:0], kinds: make([]int32, 0, expected), ends: make([]int, 0, expected)}
 	if err := s.raw(ctx, conn, st, d.row); err != nil {
 		return nil, err
 	}
 	known := s.kinds.Load()
+	names, begin := string(d.names), 0
 	for i, id := range d.kinds {
 		e := &d.events[i]
 		name, ok := known.byID[id]
@@ -148,7 +153,8 @@ func (s *Store) fetch(ctx context.Context, conn *pgx.Conn, st statement, expecte
 				return nil, fmt.Errorf("read the event at position %d: its kind %d is missing: the database was damaged", e.Position, id)
 			}
 		}
-		full := e.Stream.ID
+		full := names[begin:d.ends[i]]
+		begin = d.ends[i]
 		if len(full) <= len(name.category)+1 || full[:len(name.category)] != name.category || full[len(name.category)] != '-' {
 			return nil, fmt.Errorf("read the event at position %d: its stream %q is not of category %q: the database was damaged", e.Position, full, name.category)
 		}
@@ -158,15 +164,15 @@ func (s *Store) fetch(ctx context.Context, conn *pgx.Conn, st statement, expecte
 	return d.events, nil
 }
 
-// decoder turns rows into events. Their kinds are left open, and their streams
-// have the full name as the id.
+// decoder turns rows into events. Their kinds and streams are left open.
 type decoder struct {
 	events []eventstore.Recorded
 	kinds  []int32
+	names  []byte // of the streams, one after the other
+	ends   []int  // of each name
 	block  []byte // where data is copied to
 
 	// Of the row before, which the next one often agrees with.
-	stream   string
 	metadata string
 	meaning  eventstore.Metadata
 }
@@ -204,10 +210,8 @@ func (d *decoder) row(row [][]byte) error {
 	e := &d.events[len(d.events)-1]
 	d.kinds = append(d.kinds, int32(binary.BigEndian.Uint32(row[colKind])))
 	copy(e.ID[:], row[colID])
-	if string(row[colStream]) != d.stream {
-		d.stream = string(row[colStream])
-	}
-	e.Stream.ID = d.stream
+	d.names = append(d.names, row[colStream]...)
+	d.ends = append(d.ends, len(d.names))
 	var err error
 	if e.Tags, err = decodeTexts(row[colTags]); err != nil {
 		return fmt.Errorf("read the event at position %d: tags: %w", e.Position, err)
@@ -433,6 +437,7 @@ type reader struct {
 	at    span
 	begun bool
 	pages int
+	room  []eventstore.Recorded // of the last page
 
 	ahead  chan outcome // the page that is being fetched
 	cancel context.CancelFunc
@@ -469,7 +474,7 @@ func (r *reader) next(ctx context.Context) (page, error) {
 		r.cancel()
 		r.ahead = nil
 	} else {
-		p, err = r.fetch(ctx, r.most())
+		p, err = r.fetch(ctx, r.most(), nil)
 	}
 	if err != nil {
 		return page{}, err
@@ -489,8 +494,11 @@ func (r *reader) next(ctx context.Context) (page, error) {
 	}
 	ahead, cancel := context.WithCancel(ctx)
 	r.ahead, r.cancel = make(chan outcome, 1), cancel
+	// The receiver has copied the events of the page before this one.
+	room := r.room
+	r.room = p.events
 	go func(to chan<- outcome, most int) {
-		p, err := r.fetch(ahead, most)
+		p, err := r.fetch(ahead, most, room)
 		to <- outcome{p, err}
 	}(r.ahead, r.most())
 	return p, nil
@@ -509,7 +517,7 @@ func (r *reader) most() int {
 
 // fetch reads a page. The first one of a forward read also finds the head at
 // which the read ends.
-func (r *reader) fetch(ctx context.Context, most int) (page, error) {
+func (r *reader) fetch(ctx context.Context, most int, room []eventstore.Recorded) (page, error) {
 	s := r.s
 	if err := s.enter(ctx); err != nil {
 		return page{}, err
@@ -525,7 +533,7 @@ func (r *reader) fetch(ctx context.Context, most int) (page, error) {
 			// The stream of an aggregate is mostly read in one page, whose statement sees
 			// one moment: the head need not be known.
 			if !r.q.Everything && isStream(r.q) {
-				found, err := s.page(ctx, conn, r.q, at, most)
+				found, err := s.page(ctx, conn, r.q, at, most, nil)
 				if err != nil {
 					return err
 				}
@@ -546,7 +554,7 @@ func (r *reader) fetch(ctx context.Context, most int) (page, error) {
 			at.through = min(at.through, head)
 		}
 		var err error
-		if p, err = s.page(ctx, conn, r.q, at, most); err == nil {
+		if p, err = s.page(ctx, conn, r.q, at, most, room); err == nil {
 			r.begun, r.at = true, at
 		}
 		return err

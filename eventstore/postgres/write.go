@@ -54,8 +54,6 @@ const (
 	// calmEnough batches in a row that nobody else wrote between are taken to mean
 	// that nobody does.
 	calmEnough = 3
-	// manyEvents make the second trip worth while, when others write.
-	manyEvents = 200
 	// fewTries is how often a batch is judged anew because of others before it
 	// takes the lock first.
 	fewTries = 2
@@ -73,10 +71,8 @@ func (c *committer) choose(b *batch) form {
 		return formFunction
 	case c.calm >= calmEnough:
 		return formCopy
-	case len(b.recorded) >= manyEvents:
-		return formTwoTrips
 	}
-	return formFunction
+	return formTwoTrips
 }
 
 // landing tells where a batch was written.
@@ -519,6 +515,27 @@ func (s *Store) arguments(b *batch, known eventstore.Position) (values [][]byte,
 	return values, oids
 }
 
+// join adds to the batch what waits for the next one.
+func (c *committer) join(b *batch) error {
+	size := 0
+	for _, e := range b.entries {
+		size += len(e.rows)
+	}
+	settings := &c.s.settings
+	if len(b.entries) >= settings.batchCommits || size >= settings.batchBytes {
+		return nil
+	}
+	b.entries = append(b.entries, c.s.appends.Take(nil, settings.batchCommits-len(b.entries), settings.batchBytes-size)...)
+	missing := c.missingKinds(b)
+	if missing == nil {
+		return nil
+	}
+	// Not in this transaction, which may be rolled back after they were published.
+	return c.s.reading(context.WithoutCancel(c.s.base), "make kinds", func(ctx context.Context, conn *pgx.Conn) error {
+		return c.s.makeKinds(ctx, conn, missing)
+	})
+}
+
 // twoTrips takes the lock and looks, judges again on what it has found, and
 // writes.
 func (c *committer) twoTrips(b *batch) (*landing, error) {
@@ -563,6 +580,13 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	}
 	if len(b.entries) == 0 {
 		return rollback(nil)
+	}
+	// What has gathered while the lock was waited for comes along: the longer the
+	// wait, the larger the batch.
+	if !c.alone {
+		if err := c.join(b); err != nil {
+			return rollback(asLost(err))
+		}
 	}
 	need, _ := b.judge(c.l)
 	if need.any() {
