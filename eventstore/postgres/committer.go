@@ -24,7 +24,7 @@ type committer struct {
 	calm   int   // batches in a row that found the log as the ledger knew it
 	buffer []byte
 	taken  []*entry
-	alone  bool // a batch takes no others along
+	alone  bool      // a batch takes no others along
 	began  time.Time // since when the database has not answered; zero: it does
 }
 
