@@ -87,7 +87,7 @@ func TestChaosProcess(t *testing.T) {
 type control struct {
 	term     chan os.Signal
 	freezers map[string]*freezer
-	finish   chan string // the rest of the line; closed when nobody will say more
+	finish   chan string // the rest of the line
 }
 
 func newControl(freezers map[string]*freezer) *control {
@@ -96,10 +96,9 @@ func newControl(freezers map[string]*freezer) *control {
 	return c
 }
 
-// listen returns at the last command, or when whoever started the process is
-// gone.
+// listen returns at the last command. When whoever started the process is gone
+// there is nothing left to do.
 func (c *control) listen() {
-	defer close(c.finish)
 	lines := bufio.NewScanner(os.Stdin)
 	for lines.Scan() {
 		word, rest, _ := strings.Cut(lines.Text(), " ")
@@ -113,6 +112,7 @@ func (c *control) listen() {
 			return
 		}
 	}
+	os.Exit(1)
 }
 
 func say(words ...any) { fmt.Print(chaosSays + fmt.Sprintln(words...)) }
@@ -323,13 +323,10 @@ func (p *chaosProcess) run() {
 		close(p.far)
 	}
 	say(chaosDrained)
-	text, told := <-p.control.finish
 	var head uint64
-	if told {
-		_, err := fmt.Sscan(text, &head)
-		require.NoError(p.t, err)
-		p.await(readers, eventstore.Position(head))
-	}
+	_, err := fmt.Sscan(<-p.control.finish, &head)
+	require.NoError(p.t, err)
+	p.await(readers, eventstore.Position(head))
 	listening.Wait()
 	cancel()
 	reading.Wait()
