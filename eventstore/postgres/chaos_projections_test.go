@@ -200,6 +200,12 @@ func (c *chaos) usurp(name string, further bool) {
 	if further {
 		thaw()
 		for is := before; is.epoch == before.epoch || is.position <= before.position; is = c.ownership(name) {
+			if is.epoch == before.epoch && is.position > before.position {
+				// Somebody else has the lease, and the process that was stopped did not know yet.
+				first.signal(syscall.SIGCONT)
+				c.usurp(name, further)
+				return
+			}
 			hear()
 		}
 	} else {

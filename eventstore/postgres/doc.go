@@ -87,7 +87,8 @@
 // Through a pooler in transaction mode open the log with [Pooled]. Commits are
 // then written by a function in one round trip, and subscribers poll. Prepared
 // statements, session settings and LISTEN are not used. Poolers in session mode
-// need nothing.
+// that refuse settings at the start of a session, as PgBouncer does, need it too.
+// The role's default isolation must then be READ COMMITTED.
 //
 // # Replicas
 //

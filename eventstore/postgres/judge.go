@@ -302,6 +302,9 @@ func (j *judgement) check(of *eventstore.Commit, c *eventstore.Condition) (confl
 	if !known {
 		return nil, false
 	}
+	if c.Revision.Position != 0 && t.noted != nil {
+		j.b.anchored = true // the position is one of this batch's, which may still move
+	}
 	actual := t.revision
 	if c.Kind == eventstore.ConditionStreamExists {
 		if actual.Version == 0 {

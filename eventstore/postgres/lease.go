@@ -45,7 +45,8 @@ func (m *members) join(ctx context.Context, s *Store) (uuid.UUID, error) {
 }
 
 func (m *members) beat(ctx context.Context, s *Store) error {
-	_, err := s.pool.Exec(ctx, `INSERT INTO `+s.schema+`.members (id, until) VALUES ($1, clock_timestamp() + $2 * interval '1 microsecond')
+	// Not on the pool of the state, whose connections long updates may all have.
+	_, err := s.logs.Exec(ctx, `INSERT INTO `+s.schema+`.members (id, until) VALUES ($1, clock_timestamp() + $2 * interval '1 microsecond')
 		ON CONFLICT (id) DO UPDATE SET until = excluded.until`, m.id, s.settings.leaseTTL.Microseconds())
 	return err
 }
@@ -66,7 +67,7 @@ func (m *members) live(s *Store) {
 		err := m.beat(ctx, s)
 		if err == nil {
 			// Processes that ended without a word are forgotten in the end.
-			_, _ = s.pool.Exec(ctx, `DELETE FROM `+s.schema+`.members m WHERE m.until < clock_timestamp() - interval '1 day'`)
+			_, _ = s.logs.Exec(ctx, `DELETE FROM `+s.schema+`.members m WHERE m.until < clock_timestamp() - interval '1 day'`)
 		}
 		cancel()
 		if err != nil {

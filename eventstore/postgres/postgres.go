@@ -115,8 +115,8 @@ func defaults() settings {
 // does not exist and the role may do so.
 func Schema(name string) Option {
 	return func(s *settings) error {
-		if name == "" || len(name) > 63 || strings.ContainsRune(name, 0) {
-			return fmt.Errorf("%w: the schema %q: use 1 to 63 bytes", eventstore.ErrInvalid, name)
+		if name == "" || len(name) > 63 || strings.ContainsAny(name, "\x00$") {
+			return fmt.Errorf("%w: the schema %q: use 1 to 63 bytes, and no $", eventstore.ErrInvalid, name)
 		}
 		s.schema = name
 		return nil

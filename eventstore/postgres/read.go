@@ -184,6 +184,9 @@ func (d *decoder) keep(b []byte) []byte {
 	if b == nil {
 		return nil
 	}
+	if len(b) == 0 {
+		return []byte{}
+	}
 	if len(b) > cap(d.block)-len(d.block) {
 		if len(b) > blockSize/8 {
 			return append([]byte{}, b...)

@@ -204,20 +204,20 @@ func (t *stateTx) table(name string, make bool) (int32, error) {
 		return id.(int32), nil
 	}
 	var id int32
-	err := t.s.reading(t.ctx, "find a table of rows", func(ctx context.Context, conn *pgx.Conn) error {
-		id = 0
-		err := conn.QueryRow(ctx, "SELECT id FROM "+t.s.schema+".tables WHERE name = $1", name).Scan(&id)
-		if !errors.Is(err, pgx.ErrNoRows) || !make {
-			if errors.Is(err, pgx.ErrNoRows) {
-				return nil
-			}
-			return err
+	// Looked for on the transaction's own connection: with another one for each
+	// transaction, those of a pool could all wait for each other.
+	err := t.tx.QueryRow(t.ctx, "SELECT id FROM "+t.s.schema+".tables WHERE name = $1", name).Scan(&id)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = nil
+		if make {
+			err = t.s.reading(t.ctx, "make a table of rows", func(ctx context.Context, conn *pgx.Conn) error {
+				if _, err := conn.Exec(ctx, "INSERT INTO "+t.s.schema+".tables (name) VALUES ($1) ON CONFLICT DO NOTHING", name); err != nil {
+					return err
+				}
+				return conn.QueryRow(ctx, "SELECT id FROM "+t.s.schema+".tables WHERE name = $1", name).Scan(&id)
+			})
 		}
-		if _, err := conn.Exec(ctx, "INSERT INTO "+t.s.schema+".tables (name) VALUES ($1) ON CONFLICT DO NOTHING", name); err != nil {
-			return err
-		}
-		return conn.QueryRow(ctx, "SELECT id FROM "+t.s.schema+".tables WHERE name = $1", name).Scan(&id)
-	})
+	}
 	if err == nil && id != 0 {
 		t.s.tables.Store(name, id)
 	}
