@@ -120,12 +120,19 @@ func say(words ...any) { fmt.Print(chaosSays + fmt.Sprintln(words...)) }
 // freezer stops the process at the worst moment.
 type freezer struct{ armed atomic.Bool }
 
-// now stops the process if it was told to, and returns when it goes on.
+// now stops the process if it was told to, and returns when it goes on. Other
+// threads may run for a moment before the signal reaches them; the caller
+// waits.
 func (f *freezer) now() {
-	if f.armed.CompareAndSwap(true, false) {
-		say(chaosFreezing)
-		_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+	if !f.armed.CompareAndSwap(true, false) {
+		return
 	}
+	continued := make(chan os.Signal, 1)
+	signal.Notify(continued, syscall.SIGCONT)
+	defer signal.Stop(continued)
+	say(chaosFreezing)
+	_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+	<-continued
 }
 
 // chaosConn is a connection that fails its user.
