@@ -40,7 +40,7 @@ func holdInserts(t testing.TB, conn *pgx.Conn, prefix string) (release func()) {
 func waiters(t testing.TB, conn *pgx.Conn, s *Store) (log, held int) {
 	t.Helper()
 	require.NoError(t, conn.QueryRow(t.Context(), `SELECT count(*) FILTER (WHERE objsubid = 1 AND (classid::bigint << 32 | objid::bigint) = $1), count(*) FILTER (WHERE objsubid = 2)
-		FROM pg_locks WHERE locktype = 'advisory' AND NOT granted`, s.lock).Scan(&log, &held))
+		FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`, s.lock).Scan(&log, &held))
 	return log, held
 }
 

@@ -798,7 +798,7 @@ func TestStore_StoppedWithTheLock(t *testing.T) {
 			}()
 			l := <-stopped
 			eventually(t, func() bool {
-				return scalar[int](t, conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted") == 1
+				return scalar[int](t, conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())") == 1
 			}, "the stopped process does not have the lock")
 			began := time.Now()
 			_, err := b.audit.append(t.Context(), other, commit(event(account("free"), "noted")))

@@ -205,10 +205,18 @@ func TestStore_AppendTx_OthersWait(t *testing.T) {
 					answers <- answer{false, err}
 				}()
 			}
-			eventually(t, func() bool {
-				return scalar[int](t, control, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == len(stores)
-			}, "not everybody waits for the lock")
+			// Meanwhile the transaction does something: one that is idle for as long as a
+			// slow machine may need would be ended.
+			busy := make(chan error, 1)
+			do(t, control, "SELECT pg_advisory_lock(7, 7)")
+			go func() {
+				_, err := tx.Exec(t.Context(), "SELECT pg_advisory_xact_lock(7, 7)")
+				busy <- err
+			}()
+			eventually(t, func() bool { log, held := waiters(t, control, stores[0]); return log == len(stores) && held == 1 }, "not everybody waits for the lock")
 			require.Empty(t, answers)
+			do(t, control, "SELECT pg_advisory_unlock(7, 7)")
+			require.NoError(t, <-busy)
 			won := 1
 			switch ends {
 			case "commit":
