@@ -88,8 +88,10 @@ func (m mode) ways(t testing.TB) func(testing.TB) string {
 }
 
 func TestStore_Modes(t *testing.T) {
+	t.Parallel()
 	for _, m := range modes() {
 		t.Run(m.name, func(t *testing.T) {
+			t.Parallel()
 			way := m.ways(t)
 			storetest.Run(t, func(t testing.TB) storetest.Opener {
 				url := way(t)
@@ -100,8 +102,10 @@ func TestStore_Modes(t *testing.T) {
 }
 
 func TestState_Modes(t *testing.T) {
+	t.Parallel()
 	for _, m := range modes() {
 		t.Run(m.name, func(t *testing.T) {
+			t.Parallel()
 			way := m.ways(t)
 			statetest.Run(t, func(t testing.TB) statetest.Opener {
 				url := way(t)

@@ -314,7 +314,7 @@ func TestStore_Append_CutAtEveryByteOfACollision(t *testing.T) {
 			}
 			// The first writes of a batch end at the query of form copy and function, and
 			// at the second trip: wherever that is, its answer is cut.
-			for n := 1; n < 250; n += pick(1, 9) {
+			for n := 1; n < 500; n += pick(1, 11) { // as long as a refusal is
 				for message := range 3 {
 					armed, seen := false, 0
 					b.onWrite(func(*batch) { armed = true })

@@ -79,6 +79,7 @@ func (s *spread) Close() error {
 // acknowledged all others see, in every order that a single process has. Only
 // commits that are handed over without waiting have no order between processes.
 func TestStore_SpreadOverProcesses(t *testing.T) {
+	t.Parallel()
 	f := features()
 	f.Enqueue = false
 	storetest.Run(t, func(t testing.TB) storetest.Opener {

@@ -104,6 +104,13 @@ func (w *workload) one(ctx context.Context, s *Store, r *rand.Rand, i, n int) er
 		}
 		q := eventstore.Match(eventstore.Item{Category: "seat", Types: []string{"taken"}, Tags: []string{"row:" + fmt.Sprint(n%3)}}, eventstore.Item{Stream: hot, Types: []string{"none"}})
 		c := under(commit(event(eventstore.Stream{Category: "seat", ID: fmt.Sprint(i)}, "taken", "row:"+fmt.Sprint(n%3))), eventstore.NoneMatch(q, head))
+		if r.IntN(2) == 0 { // and on a stream that it does not write
+			read, err := w.head(ctx, s)
+			if err != nil {
+				return err
+			}
+			c = under(c, eventstore.StreamAt(hot, read))
+		}
 		if _, err := w.audit.append(ctx, s, c); unexpected(err) != nil {
 			return err
 		}

@@ -117,6 +117,37 @@ func TestStore_Batch(t *testing.T) {
 	require.Equal(t, []string{"ann opened", "ann changed", "bob opened", "ann changed"}, types)
 }
 
+// A reader that meets a half-changed index of the write-ahead log takes the
+// write lock for a moment, as does a tool that looks into the file. The writer
+// waits for it.
+func TestStore_WriteLockTakenForAMoment(t *testing.T) {
+	t.Parallel()
+	d := newDisk(t)
+	path := filepath.Join(t.TempDir(), "log.db")
+	s := open(t, path, vfs(d.name))
+	appendOne(t, s, ann, "opened")
+	other, err := dial(path, "")
+	require.NoError(t, err)
+	defer other.close()
+	require.NoError(t, other.exec("BEGIN IMMEDIATE"))
+	waits := make(chan struct{})
+	d.mu.Lock()
+	d.slept = sync.OnceFunc(func() { close(waits) })
+	d.mu.Unlock()
+	outcome := make(chan error)
+	go func() {
+		_, err := s.Append(t.Context(), eventstore.Commit{Events: one(ann, "noted")})
+		outcome <- err
+	}()
+	select {
+	case err := <-outcome:
+		t.Fatalf("it did not wait: %v", err)
+	case <-waits:
+	}
+	require.NoError(t, other.exec("ROLLBACK"))
+	require.NoError(t, <-outcome)
+}
+
 func syncs(d *disk) int {
 	n := 0
 	for _, o := range d.operations() {

@@ -300,6 +300,9 @@ func (w *writer) reopen() error {
 // continued: what the system could not write, it may report as written the
 // next time.
 func settle(c *conn) error {
+	if err := c.exec("PRAGMA busy_timeout = 0"); err != nil { // readers may take minutes
+		return err
+	}
 	busy := false
 	if _, err := c.row("PRAGMA wal_checkpoint(TRUNCATE)", func(s *statement) { busy = s.int64(0) != 0 }); err != nil {
 		return err
@@ -307,7 +310,7 @@ func settle(c *conn) error {
 	if busy {
 		return errors.New("the write-ahead log cannot be renewed after a failure while it is read: try again")
 	}
-	return c.exec("BEGIN IMMEDIATE; UPDATE deed_log SET id = id; COMMIT")
+	return c.exec("PRAGMA busy_timeout = " + patience + "; BEGIN IMMEDIATE; UPDATE deed_log SET id = id; COMMIT")
 }
 
 // resolve finds out what became of a batch whose COMMIT failed.
