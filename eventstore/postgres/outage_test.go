@@ -277,7 +277,7 @@ func TestStore_Append_CutAtEveryByteOfACollision(t *testing.T) {
 	for _, f := range forms {
 		t.Run(f.String(), func(t *testing.T) {
 			t.Parallel()
-			const streams = 4000
+			const streams = 5000
 			url := pgtest.Database(t)
 			var before audit
 			other := openURL(t, url)
@@ -295,6 +295,7 @@ func TestStore_Append_CutAtEveryByteOfACollision(t *testing.T) {
 			collide := func() {
 				t.Helper()
 				used++
+				require.LessOrEqual(t, used, streams, "there are no streams left to collide on")
 				old, fresh := account(fmt.Sprintf("old %05d", used)), account(fmt.Sprintf("fresh %05d", used))
 				_, failed := b.batch(under(commit(event(old, "opened again")), at(old, 0)), under(commit(event(fresh, "opened")), at(fresh, 0)))
 				require.ErrorIs(t, failed[0], eventstore.ErrConflict)
@@ -314,7 +315,7 @@ func TestStore_Append_CutAtEveryByteOfACollision(t *testing.T) {
 			}
 			// The first writes of a batch end at the query of form copy and function, and
 			// at the second trip: wherever that is, its answer is cut.
-			for n := 1; n < 500; n += pick(1, 11) { // as long as a refusal is
+			for n := 1; n < 500; n += pick(3, 11) { // as long as a refusal is
 				for message := range 3 {
 					armed, seen := false, 0
 					b.onWrite(func(*batch) { armed = true })
