@@ -82,6 +82,43 @@ func (a *activation[S]) run() {
 	}
 }
 
+// lead does for the only call of an activation at rest what run would do, on
+// the caller's own goroutine, which saves two hand-overs. Whatever needs more
+// than deciding and waiting for the commit, or would make the caller wait for
+// anything but its own answer, is left to run.
+func (a *activation[S]) lead(c *call[S]) {
+	rests := false
+	defer func() {
+		switch {
+		case rests:
+		case a.current != nil:
+			a.runOn()
+		default:
+			a.runtime.mu.Lock()
+			a.runtime.start(a.run)
+			a.runtime.mu.Unlock()
+		}
+	}()
+	a.take()
+	if len(a.todo) > 1 || !a.next() || len(a.entries) == 0 || c.kind != commit {
+		return
+	}
+	select {
+	case <-c.pending.Done():
+	case <-c.ctx.Done():
+		return
+	case <-a.wake: // somebody else calls
+		return
+	case <-a.runtime.life.Done():
+		return
+	}
+	if receipt, err := c.pending.Result(); err != nil || receipt.Duplicate {
+		return
+	}
+	a.settle()
+	rests = a.rest()
+}
+
 // runOn carries on in a new goroutine after user code has ended this one, as
 // t.FailNow does in a test.
 func (a *activation[S]) runOn() {

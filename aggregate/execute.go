@@ -104,8 +104,12 @@ func Execute[S any](ctx context.Context, r *Runtime, def *Definition[S], req Req
 		}
 	}
 	c := &call[S]{ctx: ctx, req: req, done: make(chan outcome, 1)}
-	if err := submit(r, def, c); err != nil {
+	rested, err := submit(r, def, c)
+	if err != nil {
 		return eventstore.Receipt{}, fmt.Errorf("execute on %q: %w", stream, err)
+	}
+	if rested != nil {
+		rested.lead(c)
 	}
 	var out outcome
 	select {

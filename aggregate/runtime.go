@@ -195,12 +195,14 @@ func (r *Runtime) closeIfDrained() {
 	}
 }
 
-// submit queues the call at its activation, which is made and started if need be.
-func submit[S any](r *Runtime, def *Definition[S], c *call[S]) error {
+// submit queues the call at its activation, which is made and started if need
+// be. Instead of starting one that is loaded and at rest, it returns it: the
+// caller is to lead it.
+func submit[S any](r *Runtime, def *Definition[S], c *call[S]) (rested *activation[S], err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.stopping {
-		return ErrStopped
+		return nil, ErrStopped
 	}
 	at := address{def, c.req.ID}
 	var a *activation[S]
@@ -218,15 +220,21 @@ func submit[S any](r *Runtime, def *Definition[S], c *call[S]) error {
 		}
 		a.wake = make(chan struct{}, 1)
 		r.busy[at] = a
-		r.start(a.run)
+		if a.loaded && c.req.Boundary == nil {
+			rested = a
+		} else {
+			r.start(a.run)
+		}
 	}
 	c.number = a.calls.Add(1)
 	a.queue = append(a.queue, c)
-	select {
-	case a.wake <- struct{}{}:
-	default:
+	if rested == nil {
+		select {
+		case a.wake <- struct{}{}:
+		default:
+		}
 	}
-	return nil
+	return rested, nil
 }
 
 // mostSpares bounds the goroutines that wait for the next activation.

@@ -4,12 +4,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
+	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
@@ -439,6 +441,26 @@ func TestEncoding_WritesTheStoredForm(t *testing.T) {
 	})
 	require.NoError(t, err)
 	require.Equal(t, `{"correlation":"c","causation":"d","actor":"a","trace":"t","schema":2,"codec":"words","extra":{"k":"v"}}`, string(metadata))
+}
+
+// Metadata writes itself as encoding/json would write it.
+func TestMetadata_MarshalJSON(t *testing.T) {
+	t.Parallel()
+	type plain eventstore.Metadata
+	texts := []string{"", "a", "order-1", `say "hi"`, `back\slash`, "<b>&</b>", "tab\t", "ü", "\x7f", "\xff", "\u2028", " ~"}
+	random := rand.New(rand.NewPCG(1, 2))
+	text := func() string { return texts[random.IntN(len(texts))] }
+	for range 5000 {
+		m := eventstore.Metadata{CorrelationID: text(), CausationID: text(), Actor: text(), TraceParent: text(), SchemaVersion: random.IntN(3) - 1, Codec: text()}
+		if random.IntN(4) == 0 {
+			m.Extra = map[string]string{text(): text(), "k": text()}
+		}
+		want, err := jsonv1.Marshal(plain(m))
+		require.NoError(t, err)
+		got, err := m.MarshalJSON()
+		require.NoError(t, err)
+		require.Equal(t, string(want), string(got))
+	}
 }
 
 // Stored bytes come from disk: whatever they are, the answer is a value or a

@@ -1,8 +1,10 @@
 package eventstore
 
 import (
+	"strconv"
 	"time"
 
+	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
 )
 
@@ -53,6 +55,58 @@ type Metadata struct {
 func (m Metadata) IsZero() bool {
 	return m.CorrelationID == "" && m.CausationID == "" && m.Actor == "" && m.TraceParent == "" &&
 		m.SchemaVersion == 0 && m.Codec == "" && len(m.Extra) == 0
+}
+
+// MarshalJSON returns what encoding/json would write without it, at a fraction
+// of the cost: every event is stored with its metadata.
+func (m Metadata) MarshalJSON() ([]byte, error) {
+	type plain Metadata
+	if len(m.Extra) > 0 {
+		return jsonv1.Marshal(plain(m))
+	}
+	to := make([]byte, 0, 96+len(m.CorrelationID)+len(m.CausationID)+len(m.Actor)+len(m.TraceParent)+len(m.Codec))
+	to = append(to, '{')
+	bare := true
+	field := func(name, value string) {
+		if value == "" || !bare {
+			return
+		}
+		if len(to) > 1 {
+			to = append(to, ',')
+		}
+		to = append(to, name...)
+		to = append(to, '"')
+		to = append(to, value...)
+		to = append(to, '"')
+		bare = isBare(value)
+	}
+	field(`"correlation":`, m.CorrelationID)
+	field(`"causation":`, m.CausationID)
+	field(`"actor":`, m.Actor)
+	field(`"trace":`, m.TraceParent)
+	if m.SchemaVersion != 0 {
+		if len(to) > 1 {
+			to = append(to, ',')
+		}
+		to = append(to, `"schema":`...)
+		to = strconv.AppendInt(to, int64(m.SchemaVersion), 10)
+	}
+	field(`"codec":`, m.Codec)
+	if !bare {
+		return jsonv1.Marshal(plain(m))
+	}
+	return append(to, '}'), nil
+}
+
+// isBare reports whether nothing in the text needs an escape in JSON.
+func isBare(text string) bool {
+	for i := range len(text) {
+		switch c := text[i]; {
+		case c < ' ', c > '~', c == '"', c == '\\', c == '<', c == '>', c == '&':
+			return false
+		}
+	}
+	return true
 }
 
 // Event is an event on its way into the log. The slices and the map it refers

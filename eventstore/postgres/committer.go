@@ -7,7 +7,6 @@ import (
 	"slices"
 	"time"
 
-	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
@@ -117,7 +116,7 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, error)
 		event := &c.Events[i]
 		var metadata []byte
 		if !event.Metadata.IsZero() {
-			if metadata, err = jsonv1.Marshal(event.Metadata); err != nil {
+			if metadata, err = event.Metadata.MarshalJSON(); err != nil {
 				return nil, fmt.Errorf("%w: event %d: metadata: %w", eventstore.ErrInvalid, i, err)
 			}
 		}
@@ -135,6 +134,10 @@ const (
 	perCondition = 256
 )
 
+// gathering bounds the wait for those who were just answered. It is well below
+// what a batch costs by itself.
+const gathering = 200 * time.Microsecond
+
 // run works until Close and then finishes what was handed over.
 func (c *committer) run() {
 	s := c.s
@@ -147,6 +150,7 @@ func (c *committer) run() {
 		if hold := s.settings.hold; hold != nil && s.appends.Len() > 0 {
 			hold()
 		}
+		s.appends.Gather(gathering)
 		c.taken = s.appends.Take(c.taken[:0], s.settings.batchCommits, s.settings.batchBytes)
 		if len(c.taken) > 0 {
 			c.commit(c.taken)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strings"
 
-	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
 	"github.com/hashicorp/golang-lru/v2/simplelru"
 
@@ -136,7 +135,7 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, int, e
 	for i := range c.Events {
 		event := &c.Events[i]
 		if !event.Metadata.IsZero() {
-			if e.encoded[i].metadata, err = jsonv1.Marshal(event.Metadata); err != nil {
+			if e.encoded[i].metadata, err = event.Metadata.MarshalJSON(); err != nil {
 				return nil, 0, fmt.Errorf("%w: event %d: metadata: %w", eventstore.ErrInvalid, i, err)
 			}
 		}

@@ -6,6 +6,7 @@ package groupcommit
 import (
 	"slices"
 	"sync"
+	"time"
 )
 
 // Queue is first in, first out, and never waits on purpose. The zero Queue is
@@ -19,6 +20,13 @@ type Queue[T any] struct {
 	waiting []*Entry[T]
 	live    int
 	closed  bool
+	last    int           // entries of the last batch
+	wanted  int           // how many Gather waits for; 0: it does not wait
+	ready   chan struct{} // there are as many
+
+	// Gather's own.
+	returning float64 // the part of a batch that is taken to come back at once
+	rests     int     // how often it did not wait
 }
 
 // Entry is one value on its way.
@@ -47,6 +55,7 @@ func (q *Queue[T]) Put(value T, cost int) *Entry[T] {
 	}
 	q.waiting = append(q.waiting, e)
 	q.live++
+	q.tell()
 	q.mu.Unlock()
 	if q.Wake != nil {
 		q.Wake()
@@ -87,7 +96,74 @@ func (q *Queue[T]) Take(into []T, count, cost int) []T {
 		n++
 	}
 	q.waiting = slices.Delete(q.waiting, 0, n)
+	q.last = len(into)
 	return into
+}
+
+// tell wakes Gather when it has what it waits for. It needs the lock.
+func (q *Queue[T]) tell() {
+	if q.wanted > 0 && (q.live >= q.wanted || q.closed) {
+		q.wanted = 0
+		q.ready <- struct{}{}
+	}
+}
+
+const (
+	// largeBatch is from where on what a batch costs by itself is a small part.
+	largeBatch = 128
+	// worthWaiting is the part of a batch that must be taken to come back.
+	worthWaiting = 0.5
+	// restsBetween are the batches until it is tried again whether they do.
+	restsBetween = 64
+)
+
+// Gather is called by whoever takes, before it takes. Callers that wait for
+// their answer before they come again, as most do, fall into two groups that
+// take turns, each in half a batch, as one group is answered when the other's
+// batch is already taken. Gather waits, at most as long as given, until those
+// who were just answered are back, so that one batch holds both. When they do
+// not come back it stops waiting for them, and tries again after many batches.
+func (q *Queue[T]) Gather(most time.Duration) {
+	q.mu.Lock()
+	before, last := q.live, q.last
+	q.last = 0
+	if q.closed || last == 0 || last > largeBatch || last == 1 && before == 0 {
+		q.mu.Unlock()
+		return
+	}
+	if q.ready == nil {
+		q.ready, q.returning = make(chan struct{}, 1), 1
+	}
+	if q.returning < worthWaiting {
+		if q.rests++; q.rests < restsBetween {
+			q.mu.Unlock()
+			return
+		}
+		q.returning, q.rests = 1, 0
+	}
+	expected := int(float64(last)*q.returning + 0.5)
+	q.wanted = before + expected
+	q.mu.Unlock()
+
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	select {
+	case <-q.ready:
+	case <-timer.C:
+	}
+
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.wanted = 0
+	select {
+	case <-q.ready: // told just after the time was up
+	default:
+	}
+	if got := q.live - before; got >= expected {
+		q.returning += (1 - q.returning) / 16
+	} else {
+		q.returning = float64(max(got, 0)) / float64(last)
+	}
 }
 
 // Len returns how many entries wait.
@@ -101,6 +177,7 @@ func (q *Queue[T]) Len() int {
 func (q *Queue[T]) Close() {
 	q.mu.Lock()
 	q.closed = true
+	q.tell()
 	q.mu.Unlock()
 	if q.Wake != nil {
 		q.Wake()

@@ -3,6 +3,8 @@ package groupcommit
 import (
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
@@ -50,6 +52,111 @@ func TestQueue_Close(t *testing.T) {
 	require.Equal(t, 2, wakes)
 	require.Nil(t, q.Put("b", 1))
 	require.Equal(t, []string{"a"}, q.Take(nil, 10, 10), "what waited can be taken")
+}
+
+// Callers in a closed loop end up in one batch together, and not in two groups
+// that take turns.
+func TestQueue_Gather(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var q Queue[chan struct{}]
+		const callers, batches, takes, thinks = 10, 50, time.Millisecond, 10 * time.Microsecond
+		for range callers {
+			go func() {
+				for {
+					answer := make(chan struct{})
+					if q.Put(answer, 1) == nil {
+						return
+					}
+					<-answer
+					time.Sleep(thinks)
+				}
+			}()
+		}
+		synctest.Wait()
+		taken := q.Take(nil, callers/2, 100) // one group is on its way, the other waits
+		began := time.Now()
+		for n := range batches {
+			time.Sleep(takes)
+			for _, answer := range taken {
+				close(answer)
+			}
+			q.Gather(100 * time.Microsecond)
+			taken = q.Take(taken[:0], 100, 100)
+			require.Len(t, taken, callers, "batch %d", n)
+		}
+		require.Equal(t, batches*(takes+thinks), time.Since(began), "it waited for longer than it took them")
+		q.Close()
+		for _, answer := range taken {
+			close(answer)
+		}
+		time.Sleep(time.Second) // until the callers have noticed
+	})
+}
+
+// Those who do not come back are not waited for.
+func TestQueue_GatherInVain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var q Queue[int]
+		const most, batches = time.Millisecond, 4 * restsBetween
+		waited := 0
+		for range batches {
+			for n := range 10 {
+				q.Put(n, 1)
+			}
+			require.Len(t, q.Take(nil, 5, 100), 5)
+			before := time.Now()
+			q.Gather(most)
+			if passed := time.Since(before); passed > 0 {
+				require.Equal(t, most, passed)
+				waited++
+			}
+			require.Len(t, q.Take(nil, 100, 100), 5)
+		}
+		require.Positive(t, waited)
+		require.LessOrEqual(t, waited, batches/restsBetween+1)
+	})
+}
+
+// There is nobody to wait for: a lone caller, an empty queue, a closed one, a
+// batch that is large enough.
+func TestQueue_GatherNobody(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var q Queue[int]
+		before := time.Now()
+		q.Gather(time.Hour)
+		q.Put(1, 1)
+		q.Take(nil, 10, 10)
+		q.Gather(time.Hour)
+		for n := range largeBatch + 1 {
+			q.Put(n, 1)
+		}
+		q.Take(nil, 1000, 1000)
+		q.Gather(time.Hour)
+		q.Put(1, 1)
+		q.Put(2, 1)
+		q.Take(nil, 10, 10)
+		q.Close()
+		q.Gather(time.Hour)
+		require.Zero(t, time.Since(before))
+	})
+}
+
+// Closing ends the wait.
+func TestQueue_GatherClosed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var q Queue[int]
+		q.Put(1, 1)
+		q.Put(2, 1)
+		q.Take(nil, 10, 10)
+		before := time.Now()
+		go func() { time.Sleep(time.Second); q.Close() }()
+		q.Gather(time.Hour)
+		require.Equal(t, time.Second, time.Since(before))
+	})
 }
 
 // Every value comes out once, each producer's in its order, or was removed.
