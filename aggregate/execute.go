@@ -220,10 +220,11 @@ func (r *Runtime) unlessAbandoned(err error) error {
 	return err
 }
 
-// enqueue hands the commit to the store.
+// enqueue hands the commit to the store. What was handed over stays on its way
+// when the runtime is abandoned: its callers are told that its outcome is unknown.
 func (r *Runtime) enqueue(ctx context.Context, c eventstore.Commit) *eventstore.Pending {
 	if r.enqueuer != nil {
-		return r.enqueuer.Enqueue(r.detach(ctx), c)
+		return r.enqueuer.Enqueue(context.WithoutCancel(ctx), c)
 	}
 	p, resolve := eventstore.NewPending()
 	resolve(r.store.Append(r.detach(ctx), c))

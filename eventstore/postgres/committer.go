@@ -107,11 +107,6 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, error)
 		return nil, err
 	}
 	e := &entry{commit: c, offsets: make([]int, len(c.Events))}
-	size := 0
-	for i := range c.Events {
-		size += perEvent + len(c.Events[i].Data)
-	}
-	e.rows = make([]byte, 0, size)
 	for i := range c.Events {
 		event := &c.Events[i]
 		var metadata []byte
@@ -120,15 +115,27 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, error)
 				return nil, fmt.Errorf("%w: event %d: metadata: %w", eventstore.ErrInvalid, i, err)
 			}
 		}
-		e.rows = appendRow(e.rows, event.Stream.Slice(), event.ID, event.Time.UnixNano(), event.Stream.String(), event.Tags, metadata, event.Data)
+		stream := event.Stream.String()
+		size := perEvent + len(stream) + len(metadata) + len(event.Data)
+		for _, tag := range event.Tags {
+			size += perTag + len(tag)
+		}
+		if i == 0 {
+			e.rows = make([]byte, 0, size*len(c.Events))
+		} else {
+			e.rows = slices.Grow(e.rows, size)
+		}
+		e.rows = appendRow(e.rows, event.Stream.Slice(), event.ID, event.Time.UnixNano(), stream, event.Tags, metadata, event.Data)
 		e.offsets[i] = len(e.rows)
 	}
 	return e, nil
 }
 
 const (
-	// perEvent is about what an event costs beside its data.
-	perEvent = 160
+	// perEvent and perTag are about what an event and a tag take beside their texts
+	// and data.
+	perEvent = 128
+	perTag   = 4
 	// perCondition is what a condition counts for, so that the ledger can keep all
 	// the streams of a batch.
 	perCondition = 256
@@ -309,9 +316,6 @@ func (c *committer) written(b *batch, done *landing) {
 		}
 		losers = nil // others have written: the next round judges them
 	}
-	for i := range b.recorded {
-		c.l.enter(&b.recorded[i])
-	}
 	b.fresh = true
 	if len(b.later) > 0 {
 		b.looked.make()
@@ -327,6 +331,10 @@ func (c *committer) written(b *batch, done *landing) {
 	s.follower.committed(b.recorded)
 	s.meter.batch(done, len(b.winners), len(b.recorded))
 	b.settled(append(slices.Clone(b.winners), losers...))
+	// While those who were answered make their next commits.
+	for i := range b.recorded {
+		c.l.enter(&b.recorded[i])
+	}
 	s.notifier.tell(c.l.known)
 }
 
