@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"iter"
 	"math"
+	"sync"
 	"time"
 
 	jsonv1 "github.com/go-json-experiment/json/v1"
@@ -410,6 +411,7 @@ func (s *Store) Read(ctx context.Context, q eventstore.Query, o eventstore.ReadO
 		}
 		r := &reader{s: s, q: q, limit: o.Limit, at: span{after: o.After, through: o.Through, backward: o.Backward}}
 		defer r.stop()
+		defer r.recycle()
 		for {
 			p, err := r.next(ctx)
 			if err != nil {
@@ -442,6 +444,9 @@ type reader struct {
 	pages int
 	room  []eventstore.Recorded // of the last page
 
+	borrowed *[]eventstore.Recorded
+	first    []eventstore.Recorded // the first page, in what was borrowed if that was large enough
+
 	ahead  chan outcome // the page that is being fetched
 	cancel context.CancelFunc
 }
@@ -449,6 +454,22 @@ type reader struct {
 type outcome struct {
 	page page
 	err  error
+}
+
+// rooms are for the events of reads that end with their first page, as loads of
+// aggregates do. The receiver gets copies of the events.
+var rooms = sync.Pool{New: func() any { return new([]eventstore.Recorded) }}
+
+// recycle gives the room of such a read back.
+func (r *reader) recycle() {
+	const most = 256
+	if r.first == nil || r.pages != 1 || r.room != nil || cap(r.first) > most {
+		return
+	}
+	room := r.first[:cap(r.first)]
+	clear(room)
+	*r.borrowed = room[:0]
+	rooms.Put(r.borrowed)
 }
 
 func (r *reader) stop() {
@@ -477,7 +498,9 @@ func (r *reader) next(ctx context.Context) (page, error) {
 		r.cancel()
 		r.ahead = nil
 	} else {
-		p, err = r.fetch(ctx, r.most(), nil)
+		r.borrowed = rooms.Get().(*[]eventstore.Recorded)
+		p, err = r.fetch(ctx, r.most(), *r.borrowed)
+		r.first = p.events
 	}
 	if err != nil {
 		return page{}, err
@@ -536,7 +559,7 @@ func (r *reader) fetch(ctx context.Context, most int, room []eventstore.Recorded
 			// The stream of an aggregate is mostly read in one page, whose statement sees
 			// one moment: the head need not be known.
 			if !r.q.Everything && isStream(r.q) {
-				found, err := s.page(ctx, conn, r.q, at, most, nil)
+				found, err := s.page(ctx, conn, r.q, at, most, room)
 				if err != nil {
 					return err
 				}
