@@ -143,7 +143,7 @@ const (
 
 // gathering bounds the wait for those who were just answered. It is well below
 // what a batch costs by itself.
-const gathering = 200 * time.Microsecond
+const gathering = 300 * time.Microsecond
 
 // run works until Close and then finishes what was handed over.
 func (c *committer) run() {
