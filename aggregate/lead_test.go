@@ -5,11 +5,13 @@ import (
 	"runtime"
 	"runtime/debug"
 	"testing"
+	"testing/synctest"
 
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/aggregate"
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/memory"
 )
 
 // rested runs the test with ann's account in memory, at rest, with a deposit of
@@ -112,4 +114,38 @@ func TestLead(t *testing.T) {
 			rested(t, test)
 		})
 	}
+}
+
+// slow is a store that cannot be handed appends, and whose appends take as long
+// as the test likes.
+type slow struct {
+	eventstore.Store
+	hold chan struct{}
+}
+
+func (s *slow) Append(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
+	if s.hold != nil {
+		<-s.hold
+	}
+	return s.Store.Append(ctx, c)
+}
+
+// A caller can leave while its commit is under way, on every store.
+func TestExecute_CallerLeavesASlowStore(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &slow{Store: memory.New()}
+		r := aggregate.NewRuntime(s, aggregate.Options{})
+		start(t, r, on("ann", deposit(100))).succeeds(t)
+		s.hold = make(chan struct{})
+		c := start(t, r, on("ann", deposit(1)))
+		c.cancel()
+		synctest.Wait()
+		left := c.done
+		close(s.hold)
+		synctest.Wait()
+		require.NoError(t, r.Stop(t.Context()))
+		require.True(t, left, "it waited for the store")
+		require.ErrorIs(t, c.err, eventstore.ErrOutcomeUnknown)
+	})
 }

@@ -197,7 +197,8 @@ func (r *Runtime) closeIfDrained() {
 
 // submit queues the call at its activation, which is made and started if need
 // be. Instead of starting one that is loaded and at rest, it returns it: the
-// caller is to lead it.
+// caller is to lead it. Where the store's appends cannot be handed over, the
+// caller could not leave while one is under way, so it does not.
 func submit[S any](r *Runtime, def *Definition[S], c *call[S]) (rested *activation[S], err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -220,7 +221,7 @@ func submit[S any](r *Runtime, def *Definition[S], c *call[S]) (rested *activati
 		}
 		a.wake = make(chan struct{}, 1)
 		r.busy[at] = a
-		if a.loaded && c.req.Boundary == nil {
+		if a.loaded && c.req.Boundary == nil && r.enqueuer != nil {
 			rested = a
 		} else {
 			r.start(a.run)
@@ -310,7 +311,9 @@ type Request[S any] struct {
 	// Decide returns the events that happen, none if nothing does, or an error to
 	// refuse. It must be pure: it may run several times, must not change what the
 	// state refers to (its maps, slices and pointers are the cache's), and must not
-	// wait, least of all for another call to the same aggregate.
+	// wait, least of all for another call to the same aggregate: the end of a
+	// context is not noticed while it runs. It may run on the goroutine that called
+	// Execute, which runtime.Goexit (t.FailNow) then ends.
 	Decide func(state S) ([]Event, error)
 	// Boundary, if set, makes the decision one about the events that match a query,
 	// wherever they are: Decide gets the initial state with those events folded

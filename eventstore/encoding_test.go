@@ -443,10 +443,9 @@ func TestEncoding_WritesTheStoredForm(t *testing.T) {
 	require.Equal(t, `{"correlation":"c","causation":"d","actor":"a","trace":"t","schema":2,"codec":"words","extra":{"k":"v"}}`, string(metadata))
 }
 
-// Metadata writes itself as encoding/json would write it.
-func TestMetadata_MarshalJSON(t *testing.T) {
+// Metadata is stored as JSON libraries would write it.
+func TestMetadata_AppendJSON(t *testing.T) {
 	t.Parallel()
-	type plain eventstore.Metadata
 	texts := []string{"", "a", "order-1", `say "hi"`, `back\slash`, "<b>&</b>", "tab\t", "ü", "\x7f", "\xff", "\u2028", " ~"}
 	random := rand.New(rand.NewPCG(1, 2))
 	text := func() string { return texts[random.IntN(len(texts))] }
@@ -455,12 +454,25 @@ func TestMetadata_MarshalJSON(t *testing.T) {
 		if random.IntN(4) == 0 {
 			m.Extra = map[string]string{text(): text(), "k": text()}
 		}
-		want, err := jsonv1.Marshal(plain(m))
+		want, err := jsonv1.Marshal(m)
 		require.NoError(t, err)
-		got, err := m.MarshalJSON()
+		got, err := m.AppendJSON([]byte("before"))
 		require.NoError(t, err)
-		require.Equal(t, string(want), string(got))
+		require.Equal(t, "before"+string(want), string(got))
 	}
+}
+
+// What embeds Metadata is encoded whole.
+func TestMetadata_Embedded(t *testing.T) {
+	t.Parallel()
+	type imported struct {
+		eventstore.Metadata
+		Cents int64
+	}
+	var m eventstore.Metadata
+	data, err := (*eventstore.Encoding)(nil).Encode("account.imported", imported{eventstore.Metadata{Actor: "old system"}, 500}, &m)
+	require.NoError(t, err)
+	require.Equal(t, `{"actor":"old system","Cents":500}`, string(data))
 }
 
 // Stored bytes come from disk: whatever they are, the answer is a value or a

@@ -535,8 +535,10 @@ func (w *reactionWorker) handle(ctx context.Context, r *backlog, event *eventsto
 	}
 	step := Step{key: keyOf(w.category, event.ID.String()), attempt: attempts + 1, bus: w.env.bus, event: event}
 	within := command.CausedBy(ctx, *event)
-	err := attempt(within, w.reaction.policy.within, step, func(step Step) error {
-		return w.reaction.handle(w.env.encoding, step, *event)
+	err := surviving(func() error {
+		return attempt(within, w.reaction.policy.within, step, func(step Step) error {
+			return w.reaction.handle(w.env.encoding, step, *event)
+		})
 	})
 	p := reactionPayload{Format: historyFormat, Event: originOf(event, false), Source: &source{r.Stream.Category, r.Stream.ID}}
 	commit := eventstore.Commit{}

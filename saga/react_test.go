@@ -3,6 +3,7 @@ package saga_test
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -94,6 +95,25 @@ func TestReaction_PoisonIsSetAside(t *testing.T) {
 	s.Restart().When("order", "o1", Placed{"f"})
 	require.Equal(t, "o1/6 f", j.handled[len(j.handled)-1])
 	require.Len(t, j.handled, 7, "nothing that was handled is handled again")
+}
+
+// A reaction whose code ends its goroutine has failed, and is tried again.
+func TestReaction_GoexitIsAFailure(t *testing.T) {
+	t.Parallel()
+	tries := 0
+	s := sagatest.For(t, saga.React("welcome", func(_ saga.Step, _ Placed) error {
+		if tries++; tries == 1 {
+			runtime.Goexit()
+		}
+		return nil
+	})).When("order", "o1", Placed{"a"})
+	require.Equal(t, 1, tries)
+	waiting, err := s.Engine().Backlogs(t.Context(), "welcome")
+	require.NoError(t, err)
+	require.Len(t, waiting, 1)
+	require.Contains(t, waiting[0].Error, "ended its goroutine")
+	s.Advance(time.Hour)
+	require.Equal(t, 2, tries)
 }
 
 func TestReaction_TerminalGoesAsideAtOnce(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"strconv"
@@ -158,4 +159,18 @@ func attempt(ctx context.Context, within time.Duration, step Step, fn func(Step)
 		err = fmt.Errorf("%w after %s: %w", ErrTimeout, within, err)
 	}
 	return err
+}
+
+var errEnded = errors.New("the code ended its goroutine (runtime.Goexit, for example by t.FailNow)")
+
+// surviving runs fn on a goroutine of its own, which is all that runtime.Goexit
+// then ends.
+func surviving(fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		err := errEnded
+		defer func() { done <- err }()
+		err = fn()
+	}()
+	return <-done
 }

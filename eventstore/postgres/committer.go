@@ -111,7 +111,7 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, error)
 		event := &c.Events[i]
 		var metadata []byte
 		if !event.Metadata.IsZero() {
-			if metadata, err = event.Metadata.MarshalJSON(); err != nil {
+			if metadata, err = event.Metadata.AppendJSON(make([]byte, 0, metadataRoom)); err != nil {
 				return nil, fmt.Errorf("%w: event %d: metadata: %w", eventstore.ErrInvalid, i, err)
 			}
 		}
@@ -136,13 +136,15 @@ const (
 	// and data.
 	perEvent = 128
 	perTag   = 4
+	// metadataRoom is enough for most metadata.
+	metadataRoom = 160
 	// perCondition is what a condition counts for, so that the ledger can keep all
 	// the streams of a batch.
 	perCondition = 256
 )
 
-// gathering bounds the wait for those who were just answered. It is well below
-// what a batch costs by itself.
+// gathering bounds the wait for those who were just answered. It is about what a
+// batch costs by itself, where that is least.
 const gathering = 300 * time.Microsecond
 
 // run works until Close and then finishes what was handed over.
@@ -157,7 +159,7 @@ func (c *committer) run() {
 		if hold := s.settings.hold; hold != nil && s.appends.Len() > 0 {
 			hold()
 		}
-		s.appends.Gather(gathering)
+		s.appends.Gather(gathering, s.settings.batchCommits, s.settings.batchBytes)
 		c.taken = s.appends.Take(c.taken[:0], s.settings.batchCommits, s.settings.batchBytes)
 		if len(c.taken) > 0 {
 			c.commit(c.taken)

@@ -122,30 +122,53 @@ func TestStore_Batch(t *testing.T) {
 // waits for it.
 func TestStore_WriteLockTakenForAMoment(t *testing.T) {
 	t.Parallel()
-	d := newDisk(t)
 	path := filepath.Join(t.TempDir(), "log.db")
-	s := open(t, path, vfs(d.name))
+	waits := make(chan struct{}, 1_000_000)
+	s := open(t, path, func(s *settings) error { s.locked = func() { waits <- struct{}{} }; return nil })
 	appendOne(t, s, ann, "opened")
 	other, err := dial(path, "")
 	require.NoError(t, err)
 	defer other.close()
-	require.NoError(t, other.exec("BEGIN IMMEDIATE"))
-	waits := make(chan struct{})
-	d.mu.Lock()
-	d.slept = sync.OnceFunc(func() { close(waits) })
-	d.mu.Unlock()
-	outcome := make(chan error)
-	go func() {
-		_, err := s.Append(t.Context(), eventstore.Commit{Events: one(ann, "noted")})
-		outcome <- err
-	}()
-	select {
-	case err := <-outcome:
-		t.Fatalf("it did not wait: %v", err)
-	case <-waits:
+	put := func(tx projection.StateTx) error { return tx.Put("t", "k", []byte("v")) }
+	for name, write := range map[string]func() error{
+		"append": func() error {
+			_, err := s.Append(t.Context(), eventstore.Commit{Events: one(ann, "noted")})
+			return err
+		},
+		"update": func() error { return s.Update(t.Context(), put) },
+	} {
+		require.NoError(t, other.exec("BEGIN IMMEDIATE"))
+		outcome := make(chan error, 1)
+		go func() { outcome <- write() }()
+		select {
+		case err := <-outcome:
+			t.Fatalf("%s did not wait: %v", name, err)
+		case <-waits:
+		}
+		require.NoError(t, other.exec("ROLLBACK"))
+		require.NoError(t, <-outcome, name)
+		for len(waits) > 0 {
+			<-waits
+		}
 	}
+
+	// Who keeps it is named, nothing was written, and trying again helps.
+	require.NoError(t, other.exec("BEGIN IMMEDIATE"))
+	_, err = s.Append(t.Context(), eventstore.Commit{Events: one(ann, "late")})
+	require.ErrorIs(t, err, eventstore.ErrUnavailable)
+	require.ErrorContains(t, err, "another program has had the write lock")
+	require.True(t, eventstore.CanRetry(err))
+	require.Error(t, s.Update(t.Context(), put))
 	require.NoError(t, other.exec("ROLLBACK"))
-	require.NoError(t, <-outcome)
+	appendOne(t, s, ann, "late")
+	require.NoError(t, s.Update(t.Context(), put))
+	n := 0
+	for e, err := range s.Read(t.Context(), eventstore.OneStream(ann), eventstore.ReadOptions{}) {
+		require.NoError(t, err)
+		n++
+		require.EqualValues(t, n, e.Version)
+	}
+	require.Equal(t, 3, n)
 }
 
 func syncs(d *disk) int {

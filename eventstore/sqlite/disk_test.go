@@ -29,8 +29,6 @@ type disk struct {
 	// fail, when set, is asked before every operation; what it returns other than
 	// SQLITE_OK is the operation's result.
 	fail func(operation) int32
-	// slept, when set, is called before every sleep: a connection waits for a lock.
-	slept func()
 }
 
 type operationKind uint8
@@ -89,7 +87,6 @@ func newDisk(t testing.TB) *disk {
 	ours.FzName = name
 	ours.FxOpen = function(diskOpen)
 	ours.FxDelete = function(diskDelete)
-	ours.FxSleep = function(diskSleep)
 	disks.Lock()
 	if disks.byVFS == nil {
 		disks.byVFS, disks.files, disks.methods = map[uintptr]*disk{}, map[uintptr]openFile{}, map[uintptr]uintptr{}
@@ -177,19 +174,6 @@ func diskOpen(tls *libc.TLS, vfs, name, file uintptr, flags int32, out uintptr) 
 	disks.files[file] = openFile{disk: d, name: filepath.Base(libc.GoString(name)), real: real}
 	f.FpMethods = ours
 	return code
-}
-
-func diskSleep(tls *libc.TLS, vfs uintptr, microseconds int32) int32 {
-	disks.Lock()
-	d := disks.byVFS[vfs]
-	disks.Unlock()
-	d.mu.Lock()
-	slept := d.slept
-	d.mu.Unlock()
-	if slept != nil {
-		slept()
-	}
-	return call[func(*libc.TLS, uintptr, int32) int32](d.real.FxSleep)(tls, vfs, microseconds)
 }
 
 func fileOf(file uintptr) openFile {

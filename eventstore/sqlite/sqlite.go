@@ -70,6 +70,7 @@ type settings struct {
 	synchronous string      // of appends
 	checkpoint  int         // pages of the write-ahead log that bring about a checkpoint
 	hold        func()      // called by the writer before it takes a batch
+	locked      func()      // called by the writer when somebody else has the write lock
 	steps       []Migration // the schema
 }
 
@@ -215,12 +216,6 @@ func (s *Store) start() (*writer, error) {
 // mostNames bounds the names of streams kept in memory for reads.
 const mostNames = 65_536
 
-// patience is how long the writer waits for the file's write lock, in
-// milliseconds. No other process of deed's can have it (see lock.go), but a
-// reader takes it for a moment when it finds the index of the write-ahead log
-// half-changed, and so may a tool that looks into the file.
-const patience = "5000"
-
 // configureWriter sets up the one connection that writes.
 func (s *Store) configureWriter(c *conn) error {
 	if err := c.exec("PRAGMA wal_autocheckpoint = 0"); err != nil { // see writer.checkpoint
@@ -236,7 +231,7 @@ func (s *Store) configureWriter(c *conn) error {
 	}
 	return c.exec(`
 		PRAGMA synchronous = ` + s.settings.synchronous + `;
-		PRAGMA busy_timeout = ` + patience + `;
+		PRAGMA busy_timeout = 0;
 		PRAGMA journal_size_limit = 67108864;
 		PRAGMA temp_store = MEMORY;
 		PRAGMA cache_size = -65536;`)

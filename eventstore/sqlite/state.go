@@ -9,6 +9,8 @@ import (
 	"strings"
 	"time"
 
+	sqlite3 "modernc.org/sqlite/lib"
+
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/projection"
 )
@@ -98,7 +100,9 @@ func (w *writer) updates() bool {
 		if start.IsZero() {
 			start = time.Now()
 			if err := w.begin("NORMAL"); err != nil {
-				w.broken = err
+				if !isCode(err, sqlite3.SQLITE_BUSY) { // else nothing has happened
+					w.broken = err
+				}
 				w.fail(u, err)
 				return true
 			}

@@ -4,10 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/hashicorp/golang-lru/v2/simplelru"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/groupcommit"
@@ -135,7 +138,7 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, int, e
 	for i := range c.Events {
 		event := &c.Events[i]
 		if !event.Metadata.IsZero() {
-			if e.encoded[i].metadata, err = event.Metadata.MarshalJSON(); err != nil {
+			if e.encoded[i].metadata, err = event.Metadata.AppendJSON(make([]byte, 0, metadataRoom)); err != nil {
 				return nil, 0, fmt.Errorf("%w: event %d: metadata: %w", eventstore.ErrInvalid, i, err)
 			}
 		}
@@ -147,8 +150,12 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, int, e
 	return e, size, nil
 }
 
-// perEvent is about what an event costs beside its contents.
-const perEvent = 100
+const (
+	// perEvent is about what an event costs beside its contents.
+	perEvent = 100
+	// metadataRoom is enough for most metadata.
+	metadataRoom = 160
+)
 
 // run works until Close: a batch of commits first, then state updates, as
 // long as no commit waits.
@@ -252,7 +259,39 @@ func (w *writer) begin(synchronous string) error {
 		}
 		w.sync = synchronous
 	}
-	return w.c.run("BEGIN IMMEDIATE")
+	return w.lock(w.c)
+}
+
+// patience is how long the writer waits for the file's write lock. No other
+// process of deed's can have it (see lock.go), but a reader takes it for a moment
+// when it finds the index of the write-ahead log half-changed, and so may a tool
+// that looks into the file.
+const patience = time.Second
+
+// lock begins a transaction that writes. It does not use SQLite's own way of
+// waiting, which knows nothing of the clock in testing/synctest bubbles.
+func (w *writer) lock(c *conn) error {
+	var began time.Time
+	for tries := 0; ; tries++ {
+		err := c.run("BEGIN IMMEDIATE")
+		if !isCode(err, sqlite3.SQLITE_BUSY) {
+			return err
+		}
+		if locked := w.store.settings.locked; locked != nil {
+			locked()
+		}
+		switch {
+		case tries == 0:
+			began = time.Now()
+		case time.Since(began) > patience:
+			return fmt.Errorf("%w: another program has had the write lock of the file for %s: close what looks into it: %w", eventstore.ErrUnavailable, patience, err)
+		}
+		if tries < 100 {
+			runtime.Gosched()
+		} else {
+			time.Sleep(time.Millisecond)
+		}
+	}
 }
 
 // abandon rolls back and forgets what was known of the file.
@@ -282,7 +321,7 @@ func (w *writer) reopen() error {
 		err = fmt.Errorf("%w: the file ends at position %d, %d expected: it was changed by another program", eventstore.ErrGap, head, w.head)
 	}
 	if err == nil {
-		err = settle(c)
+		err = w.settle(c)
 	}
 	if err != nil {
 		c.close()
@@ -298,10 +337,7 @@ func (w *writer) reopen() error {
 // the database file and begins a new write-ahead log. The old one must not be
 // continued: what the system could not write, it may report as written the
 // next time.
-func settle(c *conn) error {
-	if err := c.exec("PRAGMA busy_timeout = 0"); err != nil { // readers may take minutes
-		return err
-	}
+func (w *writer) settle(c *conn) error {
 	busy := false
 	if _, err := c.row("PRAGMA wal_checkpoint(TRUNCATE)", func(s *statement) { busy = s.int64(0) != 0 }); err != nil {
 		return err
@@ -309,7 +345,10 @@ func settle(c *conn) error {
 	if busy {
 		return errors.New("the write-ahead log cannot be renewed after a failure while it is read: try again")
 	}
-	return c.exec("PRAGMA busy_timeout = " + patience + "; BEGIN IMMEDIATE; UPDATE deed_log SET id = id; COMMIT")
+	if err := w.lock(c); err != nil {
+		return err
+	}
+	return c.exec("UPDATE deed_log SET id = id; COMMIT")
 }
 
 // resolve finds out what became of a batch whose COMMIT failed.

@@ -19,8 +19,9 @@ type Queue[T any] struct {
 	mu      sync.Mutex
 	waiting []*Entry[T]
 	live    int
+	cost    int // of what waits
 	closed  bool
-	last    int           // entries of the last batch
+	last    int           // entries taken since Gather
 	wanted  int           // how many Gather waits for; 0: it does not wait
 	ready   chan struct{} // there are as many
 
@@ -55,6 +56,7 @@ func (q *Queue[T]) Put(value T, cost int) *Entry[T] {
 	}
 	q.waiting = append(q.waiting, e)
 	q.live++
+	q.cost += cost
 	q.tell()
 	q.mu.Unlock()
 	if q.Wake != nil {
@@ -72,6 +74,7 @@ func (q *Queue[T]) Remove(e *Entry[T]) bool {
 	}
 	e.state = removed
 	q.live--
+	q.cost -= e.Cost
 	return true
 }
 
@@ -90,13 +93,14 @@ func (q *Queue[T]) Take(into []T, count, cost int) []T {
 			}
 			e.state = taken
 			q.live--
+			q.cost -= e.Cost
+			q.last++
 			used += max(e.Cost, 1)
 			into = append(into, e.Value)
 		}
 		n++
 	}
 	q.waiting = slices.Delete(q.waiting, 0, n)
-	q.last = len(into)
 	return into
 }
 
@@ -117,17 +121,18 @@ const (
 	restsBetween = 64
 )
 
-// Gather is called by whoever takes, before it takes. Callers that wait for
-// their answer before they come again, as most do, fall into two groups that
-// take turns, each in half a batch, as one group is answered when the other's
-// batch is already taken. Gather waits, at most as long as given, until those
-// who were just answered are back, so that one batch holds both. When they do
-// not come back it stops waiting for them, and tries again after many batches.
-func (q *Queue[T]) Gather(most time.Duration) {
+// Gather is called by whoever takes, before it takes a batch, with the limits
+// of that. Callers that wait for their answer before they come again, as most
+// do, fall into two groups that take turns, each in half a batch, as one group is
+// answered when the other's batch is already taken. Gather waits, at most as
+// long as given (or a millisecond where timers are that coarse), until those who
+// were just answered are back, so that one batch holds both. When they do not
+// come back it stops waiting for them, and tries again after many batches.
+func (q *Queue[T]) Gather(most time.Duration, count, cost int) {
 	q.mu.Lock()
 	before, last := q.live, q.last
 	q.last = 0
-	if q.closed || last == 0 || last > largeBatch || last == 1 && before == 0 {
+	if q.closed || last == 0 || last > largeBatch || last == 1 && before == 0 || before >= count || q.cost >= cost {
 		q.mu.Unlock()
 		return
 	}
@@ -141,7 +146,7 @@ func (q *Queue[T]) Gather(most time.Duration) {
 		}
 		q.returning, q.rests = 1, 0
 	}
-	expected := int(float64(last)*q.returning + 0.5)
+	expected := min(int(float64(last)*q.returning+0.5), count-before)
 	q.wanted = before + expected
 	q.mu.Unlock()
 

@@ -81,7 +81,7 @@ func TestQueue_Gather(t *testing.T) {
 			for _, answer := range taken {
 				close(answer)
 			}
-			q.Gather(100 * time.Microsecond)
+			q.Gather(100*time.Microsecond, 100, 100)
 			taken = q.Take(taken[:0], 100, 100)
 			require.Len(t, taken, callers, "batch %d", n)
 		}
@@ -107,7 +107,7 @@ func TestQueue_GatherInVain(t *testing.T) {
 			}
 			require.Len(t, q.Take(nil, 5, 100), 5)
 			before := time.Now()
-			q.Gather(most)
+			q.Gather(most, 100, 100)
 			if passed := time.Since(before); passed > 0 {
 				require.Equal(t, most, passed)
 				waited++
@@ -126,20 +126,30 @@ func TestQueue_GatherNobody(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var q Queue[int]
 		before := time.Now()
-		q.Gather(time.Hour)
+		q.Gather(time.Hour, 1000, 1000)
 		q.Put(1, 1)
 		q.Take(nil, 10, 10)
-		q.Gather(time.Hour)
+		q.Gather(time.Hour, 1000, 1000)
 		for n := range largeBatch + 1 {
 			q.Put(n, 1)
 		}
 		q.Take(nil, 1000, 1000)
-		q.Gather(time.Hour)
+		q.Gather(time.Hour, 1000, 1000)
+		// What waits is a full batch already, by count or by cost.
+		for range 10 {
+			q.Put(1, 100)
+		}
+		q.Take(nil, 5, 1000)
+		q.Gather(time.Hour, 5, 1000)
+		q.Take(nil, 2, 1000)
+		q.Gather(time.Hour, 10, 300)
+		q.Take(nil, 10, 1000)
+		q.Gather(0, 1, 1)
 		q.Put(1, 1)
 		q.Put(2, 1)
 		q.Take(nil, 10, 10)
 		q.Close()
-		q.Gather(time.Hour)
+		q.Gather(time.Hour, 1000, 1000)
 		require.Zero(t, time.Since(before))
 	})
 }
@@ -154,7 +164,7 @@ func TestQueue_GatherClosed(t *testing.T) {
 		q.Take(nil, 10, 10)
 		before := time.Now()
 		go func() { time.Sleep(time.Second); q.Close() }()
-		q.Gather(time.Hour)
+		q.Gather(time.Hour, 1000, 1000)
 		require.Equal(t, time.Second, time.Since(before))
 	})
 }
