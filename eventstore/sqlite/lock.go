@@ -49,7 +49,9 @@ func acquire(path string) (*lock, error) {
 	return &lock{file}, nil
 }
 
-func (l *lock) release() error { return l.file.Close() }
+// release gives the lock up itself, and not by closing the file alone: a child
+// process that is just being started has the file open, too, for a moment.
+func (l *lock) release() error { return errors.Join(unlockFile(l.file), l.file.Close()) }
 
 // canonical returns the path under which every alias of the file is known.
 func canonical(path string) (string, error) {

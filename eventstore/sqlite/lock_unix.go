@@ -17,6 +17,8 @@ func lockFile(f *os.File) error {
 	return err
 }
 
+func unlockFile(f *os.File) error { return unix.Flock(int(f.Fd()), unix.LOCK_UN) }
+
 // links returns how many names the file has; 0 if there is none.
 func links(path string) uint64 {
 	var is unix.Stat_t

@@ -17,5 +17,9 @@ func lockFile(f *os.File) error {
 	return err
 }
 
+func unlockFile(f *os.File) error {
+	return windows.UnlockFileEx(windows.Handle(f.Fd()), 0, 1, 0, &windows.Overlapped{Offset: 1 << 30})
+}
+
 // links is not known here without opening the file.
 func links(string) uint64 { return 0 }
