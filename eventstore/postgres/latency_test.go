@@ -12,6 +12,31 @@ import (
 	"github.com/deed-go/deed/internal/pgtest"
 )
 
+// lag measures how late the machine wakes a goroutine, until it is stopped: 99
+// of 100 times. Where that is much, the machine is busy with something else.
+func lag() (stop func() time.Duration) {
+	var late []time.Duration
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		for {
+			began := time.Now()
+			select {
+			case <-end:
+				return
+			case <-time.After(2 * time.Millisecond):
+				late = append(late, time.Since(began)-2*time.Millisecond)
+			}
+		}
+	}()
+	return func() time.Duration {
+		close(end)
+		<-ended
+		slices.Sort(late)
+		return late[len(late)*99/100]
+	}
+}
+
 // A subscriber of another process sees a commit soon, when nothing else is
 // going on: with notifications, and without them by looking more often.
 func TestStore_Subscribe_Latency(t *testing.T) {
@@ -54,14 +79,14 @@ func TestStore_Subscribe_Latency(t *testing.T) {
 			}()
 			mustAppend(t, writer, commit(event(account("ann"), "noted")))
 			<-ready
-			report := ""
-			for round := range 3 {
+			report, quiet := "", 0
+			for round := range 12 {
 				commits := 200
 				if test.pace > 10*time.Millisecond {
 					commits = 60
 				}
 				committed := map[eventstore.Position]time.Time{}
-				ticker := time.NewTicker(test.pace)
+				ticker, busy := time.NewTicker(test.pace), lag()
 				for range commits {
 					<-ticker.C
 					r := mustAppend(t, writer, commit(event(account("ann"), "noted")))
@@ -77,13 +102,19 @@ func TestStore_Subscribe_Latency(t *testing.T) {
 				}
 				slices.Sort(took)
 				p50, p99 := took[len(took)/2], took[len(took)*99/100]
-				report += fmt.Sprintf("round %d: p50 %s, p99 %s, max %s\n", round, p50, p99, took[len(took)-1])
+				machine := busy()
+				report += fmt.Sprintf("round %d: p50 %s, p99 %s, max %s; the machine's own lag: p99 %s\n", round, p50, p99, took[len(took)-1], machine)
 				if p99 < test.within {
 					t.Log(report)
 					return
 				}
+				if machine < test.within/10 {
+					if quiet++; quiet == 3 {
+						require.Fail(t, "in three quiet rounds it was never soon enough", "%s expected:\n%s", test.within, report)
+					}
+				}
 			}
-			require.Fail(t, "in three rounds it was never soon enough", "%s expected:\n%s", test.within, report)
+			t.Skipf("the machine is too busy to measure a latency of %s:\n%s", test.within, report)
 		})
 	}
 }
