@@ -2,7 +2,6 @@ package postgres
 
 import (
 	"context"
-	"errors"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -53,7 +52,6 @@ type lookup struct {
 // transaction with one snapshot, or hold the log's lock.
 func (l *lookup) queue(b *pgx.Batch, known eventstore.Position, q *questions) {
 	s := l.s
-	b.Queue(s.texts.countKinds).QueryRow(func(row pgx.Row) error { return row.Scan(&l.kinds) })
 	b.Queue(s.texts.delta, int64(known), int64(mostDelta+1)).Query(func(rows pgx.Rows) error {
 		for rows.Next() {
 			var f foreign
@@ -66,18 +64,13 @@ func (l *lookup) queue(b *pgx.Batch, known eventstore.Position, q *questions) {
 		}
 		return rows.Err()
 	})
-	b.Queue(s.texts.head).QueryRow(func(row pgx.Row) error {
+	b.Queue(s.texts.ends).QueryRow(func(row pgx.Row) error {
 		var head *int64
-		if err := row.Scan(&head); err != nil || head == nil {
+		var last *uuid.UUID
+		if err := row.Scan(&l.kinds, &head, &last); err != nil || head == nil {
 			return err
 		}
-		l.head = eventstore.Position(*head)
-		return nil
-	})
-	b.Queue(s.texts.newest).QueryRow(func(row pgx.Row) error {
-		if err := row.Scan(&l.last); !errors.Is(err, pgx.ErrNoRows) {
-			return err
-		}
+		l.head, l.last = eventstore.Position(*head), *last
 		return nil
 	})
 	if len(q.streams) > 0 {

@@ -10,8 +10,7 @@ type texts struct {
 	commitMode                string // how batches are committed; "" for as the session says
 	copyEvents, copyTags      string
 	copyKeys, lock, lockFirst string
-	newest, notify            string
-	countKinds, written       string
+	ends, notify, written     string
 }
 
 func newTexts(schema string) texts {
@@ -31,13 +30,13 @@ func newTexts(schema string) texts {
 		copyKeys:     with(";COPY {schema}.keys (key, fingerprint, first, last) FROM STDIN (FORMAT binary)"),
 		lock:         with("SELECT {schema}.lock_log($1)"),
 		lockFirst:    "SELECT pg_advisory_xact_lock(%d)",
-		newest:       with("SELECT id FROM {schema}.events ORDER BY position DESC LIMIT 1"),
+		ends: with(`SELECT (SELECT count(*) FROM {schema}.kinds)::int, e.position, e.id FROM (VALUES (1)) AS one (row)
+			LEFT JOIN LATERAL (SELECT position, id FROM {schema}.events ORDER BY position DESC LIMIT 1) e ON true`),
 		written: with(`SELECT f.id, e.position, e.version FROM (SELECT e.position, e.id, n.size FROM {schema}.events e
 				JOIN unnest($2::text[], $3::int[]) AS n (id, size) ON n.id::uuid = e.id WHERE e.position > $1 OFFSET 0) f
 			CROSS JOIN LATERAL (SELECT position, version FROM {schema}.events WHERE position >= f.position AND position < f.position + f.size ORDER BY position OFFSET 0) e
 			ORDER BY e.position`),
-		countKinds: with("SELECT count(*)::int FROM {schema}.kinds"),
-		notify:     "SELECT pg_notify($1, $2)",
+		notify: "SELECT pg_notify($1, $2)",
 	}
 	t.appendBatch = t.appendEvents
 	return t

@@ -618,7 +618,7 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 		return rollback(nil)
 	}
 	b.trying(c.l.known)
-	_, err := c.exchange(c.copyMessages(b, "SELECT", ";COMMIT"))
+	_, err := c.exchange(c.copyMessages(b, "", ";COMMIT"))
 	if err != nil {
 		if answered(err) {
 			b.refused()
