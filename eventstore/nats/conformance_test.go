@@ -3,6 +3,7 @@ package nats
 import (
 	"fmt"
 	"log/slog"
+	"os"
 	"sync/atomic"
 	"testing"
 
@@ -45,3 +46,25 @@ func harness(c *natsserver.Cluster, options ...Option) storetest.Harness {
 
 func TestStore(t *testing.T) { storetest.Run(t, harness(servers(t, 1)), features()) }
 
+
+// long skips what takes minutes unless DEED_TEST_LONG is set.
+func long(t testing.TB) {
+	t.Helper()
+	if os.Getenv("DEED_TEST_LONG") == "" {
+		t.Skip("set DEED_TEST_LONG=1 to run what takes minutes")
+	}
+}
+
+// The same contract on a cluster, where every message is on three servers.
+func TestStore_Replicated(t *testing.T) {
+	long(t)
+	storetest.Run(t, harness(servers(t, 3)), features())
+}
+
+// A tail of one event makes every subscriber read pages.
+func TestStore_WithoutTail(t *testing.T) {
+	if os.Getenv("DEED_TEST_LONG") == "" && !testing.Short() {
+		long(t)
+	}
+	storetest.Run(t, harness(servers(t, 1), Tail(1, 1)), features())
+}
