@@ -46,7 +46,6 @@ func harness(c *natsserver.Cluster, options ...Option) storetest.Harness {
 
 func TestStore(t *testing.T) { storetest.Run(t, harness(servers(t, 1)), features()) }
 
-
 // long skips what takes minutes unless DEED_TEST_LONG is set.
 func long(t testing.TB) {
 	t.Helper()
