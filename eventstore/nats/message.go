@@ -235,7 +235,7 @@ func (s subjects) decodeInto(m *message, subject string, sequence uint64, h clie
 	if m.key, err = unquote(get(h, headerKey)); err != nil {
 		return fmt.Errorf("header %s: %w", headerKey, err)
 	}
-	if m.fingerprint, err = strconv.Unquote(`"` + get(h, headerFingerprint) + `"`); err != nil {
+	if m.fingerprint, err = unquote(get(h, headerFingerprint)); err != nil {
 		return fmt.Errorf("header %s: %w", headerFingerprint, err)
 	}
 	if m.previous, err = parsePrevious(get(h, headerPrevious), sequence); err != nil {
@@ -253,10 +253,4 @@ func get(h client.Header, name string) string {
 		return values[0]
 	}
 	return ""
-}
-
-// fingerprintHeader: a fingerprint may be any bytes.
-func fingerprintHeader(fingerprint string) string {
-	quoted := strconv.QuoteToASCII(fingerprint)
-	return quoted[1 : len(quoted)-1]
 }

@@ -265,7 +265,7 @@ func (p *plan) add(names subjects, e *entry) {
 		}
 		if i == 0 && e.commit.Key != "" {
 			h[headerKey] = []string{quote(e.commit.Key)}
-			h[headerFingerprint] = []string{fingerprintHeader(e.commit.Fingerprint)}
+			h[headerFingerprint] = []string{strconv.QuoteToASCII(e.commit.Fingerprint)} // any bytes
 			if t.keys == nil {
 				t.keys = map[string]int{}
 			}
