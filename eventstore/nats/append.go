@@ -257,6 +257,9 @@ func (c *scheduler) pick() [][]*entry {
 	if grouping == 0 && one {
 		grouping = groupFrom
 	}
+	if hold := c.store.settings.hold; hold != nil && hold() {
+		return nil
+	}
 	if one && c.batches > 0 { // what comes meanwhile gathers for the next batch
 		return nil
 	}

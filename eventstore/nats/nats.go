@@ -32,6 +32,7 @@ type Store struct {
 	now      func() time.Time
 	replicas atomic.Int32
 	known    atomic.Uint64 // the highest sequence this process knows to be stored
+	newest   newest
 
 	heads     heads
 	scheduler scheduler
@@ -69,11 +70,12 @@ type settings struct {
 	system     *client.Conn
 
 	// For tests.
-	attempt   time.Duration // how long one request may take before it is asked what became of it
-	grouping  int           // from how many waiting commits on they share a batch; 0: by replicas
-	sending   func()        // called before a plan is sent
-	sent      func()        // called after the server has answered, before the answer is believed
-	dropReply func() bool   // makes an answer get lost
+	attempt   time.Duration            // how long one request may take before it is asked what became of it
+	grouping  int                      // from how many waiting commits on they share a batch; 0: by replicas
+	hold      func() bool              // nothing is taken out of what waits while it is true
+	sending   func([]*client.Msg)      // called before messages are sent
+	swallow   func([]*client.Msg) bool // makes messages get lost on their way, or late
+	dropReply func() bool              // makes an answer get lost
 	headsMost int
 }
 

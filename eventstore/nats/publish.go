@@ -59,6 +59,10 @@ func (s *Store) execute(group []*entry) {
 			s.giveUp(pending, trouble)
 			return
 		}
+		if err := s.verifyReconnected(s.base); err != nil {
+			s.giveUp(pending, err)
+			return
+		}
 		p, err := s.plan(s.base, pending, known, fruitless > 2)
 		if err != nil {
 			s.giveUp(pending, err)
@@ -160,7 +164,7 @@ func (s *Store) giveUp(pending []*entry, cause error) {
 // of the first message.
 func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
 	if hook := s.settings.sending; hook != nil {
-		hook()
+		hook(p.messages)
 	}
 	if !s.conn.IsConnected() {
 		return outcomeRefused, 0, client.ErrDisconnected
@@ -174,6 +178,11 @@ func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
 			m.Header[headerBatchSequence] = []string{strconv.Itoa(i + 1)}
 		}
 		last.Header[headerBatchCommit] = []string{"1"}
+	}
+	if s.settings.swallow != nil && s.settings.swallow(p.messages) {
+		return outcomeUnknown, 0, errAgain
+	}
+	if count > 1 {
 		for _, m := range p.messages[:count-1] {
 			if err := s.conn.PublishMsg(m); err != nil {
 				return outcomeRefused, 0, err // without its last message no batch is committed
@@ -183,9 +192,6 @@ func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
 	ctx, cancel := context.WithTimeout(s.base, s.settings.attempt)
 	defer cancel()
 	answer, err := s.conn.RequestMsgWithContext(ctx, last)
-	if hook := s.settings.sent; hook != nil {
-		hook()
-	}
 	if s.settings.dropReply != nil && s.settings.dropReply() {
 		return outcomeUnknown, 0, errAgain
 	}
@@ -230,7 +236,10 @@ func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
 // record remembers where the plan has brought the streams, and tells the
 // callers.
 func (s *Store) record(p *plan, first uint64, known map[eventstore.Stream]bool) {
-	s.saw(first + uint64(len(p.messages)) - 1)
+	newest := first + uint64(len(p.messages)) - 1
+	s.saw(newest)
+	events := p.entries[len(p.entries)-1].commit.Events
+	s.newest.see(newest, events[len(events)-1].ID)
 	for of, t := range p.tracks {
 		if !t.guarded {
 			continue

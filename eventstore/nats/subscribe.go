@@ -29,7 +29,6 @@ type follower struct {
 	started chan struct{} // closed when tail is there, or could not be
 	failure error         // why it has stopped
 	closed  bool
-	last    uuid.UUID // id of the event at the tail's head; zero if not known
 }
 
 // begin returns the tail, and starts to follow the log if nobody did.
@@ -60,7 +59,8 @@ func (f *follower) begin(ctx context.Context) (*tail.Tail, error) {
 			}
 			position := eventstore.Position(0)
 			if head != nil {
-				position, f.last = head.Position, head.ID
+				position = head.Position
+				f.store.newest.see(uint64(head.Position), head.ID)
 			}
 			f.tail = tail.New(position, f.store.settings.tailEvents, f.store.settings.tailBytes)
 			t := f.tail
@@ -142,8 +142,9 @@ func (f *follower) run() {
 
 // arrival is a message as the consumer delivers it.
 type arrival struct {
-	message *message
-	err     error
+	message  *message
+	err      error
+	replaced bool // the client has made a new consumer in place of one that was lost
 }
 
 // followBuffer is how many messages may wait to be taken into the tail.
@@ -152,7 +153,7 @@ const followBuffer = 4096
 // consume follows the log over one consumer until that fails.
 func (f *follower) consume(ctx context.Context) error {
 	s := f.store
-	if err := f.verify(ctx); err != nil {
+	if err := s.verify(ctx); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -165,11 +166,14 @@ func (f *follower) consume(ctx context.Context) error {
 		return err
 	}
 	arrivals := make(chan arrival, followBuffer)
+	first := true
 	consuming, err := consumer.Consume(func(m jetstream.Msg) {
 		var a arrival
 		if at, err := m.Metadata(); err != nil {
 			a.err = err
 		} else {
+			a.replaced = at.Sequence.Consumer == 1 && !first
+			first = false
 			a.message, a.err = s.subjects.decode(m.Subject(), at.Sequence.Stream, client.Header(m.Headers()), m.Data())
 		}
 		select {
@@ -205,7 +209,7 @@ func (f *follower) consume(ctx context.Context) error {
 					return errors.New("the consumer does not deliver")
 				}
 				if err == nil && (head == nil && f.tail.Head() > 0 || head != nil && head.Position < f.tail.Head()) {
-					if err := f.verify(ctx); err != nil {
+					if err := s.verify(ctx); err != nil {
 						return err
 					}
 				}
@@ -228,6 +232,11 @@ func (f *follower) consume(ctx context.Context) error {
 				if a.err != nil {
 					return a.err
 				}
+				if a.replaced {
+					if err := s.verify(ctx); err != nil {
+						return err
+					}
+				}
 				got := uint64(a.message.Position)
 				if got < next { // told before
 					continue
@@ -244,11 +253,9 @@ func (f *follower) consume(ctx context.Context) error {
 				}
 			}
 			if len(whole) > 0 {
-				f.mu.Lock()
-				f.last = last
-				f.mu.Unlock()
 				f.tail.Append(whole)
 				s.saw(uint64(whole[len(whole)-1].Position))
+				s.newest.see(uint64(whole[len(whole)-1].Position), last)
 			}
 		}
 	}
@@ -266,40 +273,6 @@ func (f *follower) hole(ctx context.Context, want, got uint64) error {
 		return errHole(want, got)
 	}
 	return fmt.Errorf("the consumer delivered %d, not %d", got, want)
-}
-
-// verify makes sure that the log is still the one that was followed: that it
-// has not lost its end and gone on from there.
-func (f *follower) verify(ctx context.Context) error {
-	f.mu.Lock()
-	position, id := f.tail.Head(), f.last
-	f.mu.Unlock()
-	if position == 0 {
-		return nil
-	}
-	var found *message
-	read := func() error {
-		return f.store.asking(ctx, "read a message", func(ctx context.Context) (err error) {
-			found, err = f.store.fresh(ctx, &getRequest{Sequence: uint64(position)})
-			return err
-		})
-	}
-	for n := range 20 {
-		if err := read(); err != nil {
-			return err
-		}
-		if found != nil || f.store.replicas.Load() == 1 {
-			break
-		}
-		// A leader of yesterday may have answered.
-		if !pause(ctx, time.Duration(n)*100*time.Millisecond) {
-			return ctx.Err()
-		}
-	}
-	if found == nil || id != uuid.Nil && found.ID != id {
-		return fmt.Errorf("%w: this process has seen an event at position %d that is not there any more: the server has lost events that it acknowledged (sync_interval is not always?), or was restored", eventstore.ErrGap, position)
-	}
-	return nil
 }
 
 // Subscribe implements eventstore.Store. All subscribers of a process share one
