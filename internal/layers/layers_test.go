@@ -42,6 +42,7 @@ var layers = map[string][]string{
 	"eventstore/memory":   {"projection"},
 	"eventstore/sqlite":   {"projection"},
 	"eventstore/postgres": {"projection"},
+	"eventstore/nats":     {"internal/..."},
 
 	// The conformance suites know no backend but the oracle.
 	"eventstore/storetest": {"eventstore/memory"},

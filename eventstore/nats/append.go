@@ -1,0 +1,368 @@
+package nats
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	client "github.com/nats-io/nats.go"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// entry is a commit on its way.
+type entry struct {
+	commit  eventstore.Commit
+	writes  []eventstore.Stream // the streams it writes, in the order of first mention
+	streams []eventstore.Stream // those, and the others its conditions are about
+	encoded []*client.Msg       // the events, without what depends on their place
+	most    int                 // messages at most
+	bytes   int
+	order   int // within the group it is written with
+
+	state atomic.Int32
+	done  func(eventstore.Receipt, error)
+	stop  func() bool // the watch over its context
+
+	// Of the group's goroutine.
+	base      head // of the first stream that it writes, when it was sent last
+	sent      bool
+	uncertain bool // it may have been written, or be written yet
+}
+
+const (
+	stateWaiting int32 = iota
+	stateSent          // from here on only the server knows
+	stateDone
+)
+
+// begin marks the entry as sent; false when it was given up before.
+func (e *entry) begin() bool {
+	return e.state.CompareAndSwap(stateWaiting, stateSent) || e.state.Load() == stateSent
+}
+
+func (e *entry) isDone() bool { return e.state.Load() == stateDone }
+
+// finish tells the outcome, unless the caller has gone.
+func (e *entry) finish(r eventstore.Receipt, err error) {
+	if e.state.Swap(stateDone) != stateDone {
+		e.settle(r, err)
+	}
+}
+
+func (e *entry) settle(r eventstore.Receipt, err error) {
+	if e.stop != nil {
+		e.stop()
+	}
+	e.done(r, err)
+}
+
+// abandon tells the caller that its context has ended.
+func (e *entry) abandon(cause error) {
+	switch {
+	case e.state.CompareAndSwap(stateWaiting, stateDone):
+		e.done(eventstore.Receipt{}, cause)
+	case e.state.CompareAndSwap(stateSent, stateDone):
+		e.done(eventstore.Receipt{}, fmt.Errorf("%w: %w", eventstore.ErrOutcomeUnknown, cause))
+	}
+}
+
+// Append implements eventstore.Store.
+func (s *Store) Append(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
+	return s.Enqueue(ctx, c).Result()
+}
+
+// Enqueue implements eventstore.Enqueuer.
+func (s *Store) Enqueue(ctx context.Context, c eventstore.Commit) *eventstore.Pending {
+	pending, resolve := eventstore.NewPending()
+	e, err := s.newEntry(c)
+	if err == nil {
+		err = ctx.Err()
+	}
+	if err != nil {
+		resolve(eventstore.Receipt{}, err)
+		return pending
+	}
+	e.done = resolve
+	if ctx.Done() != nil {
+		e.stop = context.AfterFunc(ctx, func() { e.abandon(ctx.Err()) })
+	}
+	if !s.scheduler.put(e) {
+		e.finish(eventstore.Receipt{}, eventstore.ErrClosed)
+	}
+	return pending
+}
+
+// newEntry refuses what cannot be written.
+func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
+	c, err := c.Prepare(s.limits, s.now)
+	if err != nil {
+		return nil, err
+	}
+	e := &entry{commit: c, encoded: make([]*client.Msg, len(c.Events)), most: len(c.Events)}
+	for i := range c.Events {
+		of := c.Events[i].Stream
+		if !slices.Contains(e.writes, of) {
+			e.writes = append(e.writes, of)
+		}
+		if e.encoded[i], err = s.subjects.encode(&c.Events[i]); err != nil {
+			return nil, err
+		}
+		n := size(e.encoded[i]) + placeHeaders
+		if most := s.conn.MaxPayload(); most > 0 && int64(n) > most {
+			return nil, fmt.Errorf("%w: event %q of stream %q needs %d bytes with its headers, at most %d are allowed by the server's max_payload", eventstore.ErrTooLarge, c.Events[i].Type, of, n, most)
+		}
+		e.bytes += n
+	}
+	e.streams = slices.Clone(e.writes)
+	for i := range c.Conditions {
+		condition := &c.Conditions[i]
+		if condition.Kind == eventstore.ConditionNoneMatch {
+			return nil, fmt.Errorf("condition NoneMatch on NATS JetStream: %w: the server checks conditions on single streams only; use StreamAt on a stream that guards the rule", errors.ErrUnsupported)
+		}
+		if !slices.Contains(e.streams, condition.Stream) {
+			e.streams = append(e.streams, condition.Stream)
+			e.most++
+		}
+	}
+	if e.most > batchMessages {
+		return nil, fmt.Errorf("%w: the commit needs %d messages, %d of them for conditions on streams that it does not write; at most %d are allowed in one atomic batch", eventstore.ErrTooLarge, e.most, e.most-len(c.Events), batchMessages)
+	}
+	return e, nil
+}
+
+const (
+	batchMessages = 1000    // the server's limit
+	batchBytes    = 4 << 20 // of commits that share a batch
+	groupFrom     = 16      // so many commits share a batch, where fewer are quicker alone
+	plainOne      = 16      // publishes in flight to a single server
+	plainMany     = 1024    // and to several
+	batchesMany   = 16      // batches in flight to several servers, which take 50 a stream from everybody
+)
+
+// scheduler decides which commits are written when. Commits that share a
+// stream are written in the order in which they came: together in one batch, or
+// the later one after the earlier one's outcome.
+//
+// On a single server, which syncs each publish alone, many commits share a
+// batch. On several, where the servers gather what they replicate, each goes
+// its own way.
+type scheduler struct {
+	store *Store
+	wake  chan struct{}
+
+	mu      sync.Mutex
+	waiting []*entry
+	busy    map[eventstore.Stream]struct{}
+	plains  int // in flight
+	batches int
+	closed  bool
+}
+
+func (c *scheduler) init(s *Store) {
+	c.store = s
+	c.wake = make(chan struct{}, 1)
+	c.busy = map[eventstore.Stream]struct{}{}
+}
+
+func (c *scheduler) signal() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (c *scheduler) put(e *entry) bool {
+	c.mu.Lock()
+	closed := c.closed
+	if !closed {
+		c.waiting = append(c.waiting, e)
+	}
+	c.mu.Unlock()
+	if !closed {
+		c.signal()
+	}
+	return !closed
+}
+
+// close refuses what waits; what is in flight is finished.
+func (c *scheduler) close() {
+	c.mu.Lock()
+	c.closed = true
+	waiting := c.waiting
+	c.waiting = nil
+	c.mu.Unlock()
+	for _, e := range waiting {
+		e.finish(eventstore.Receipt{}, eventstore.ErrClosed)
+	}
+	c.signal()
+}
+
+func (c *scheduler) run() {
+	for range c.wake {
+		if c.start() {
+			return
+		}
+	}
+}
+
+// start starts what can be started, and reports whether there is nothing left
+// to do for ever.
+func (c *scheduler) start() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, group := range c.pick() {
+		batch := len(group) > 1 || group[0].most > 1
+		if batch {
+			c.batches++
+		} else {
+			c.plains++
+		}
+		for _, e := range group {
+			for _, of := range e.streams {
+				c.busy[of] = struct{}{}
+			}
+		}
+		c.store.writing.Go(func() {
+			c.store.execute(group)
+			c.release(group, batch)
+		})
+	}
+	return c.closed && c.plains == 0 && c.batches == 0
+}
+
+func (c *scheduler) release(group []*entry, batch bool) {
+	c.mu.Lock()
+	if batch {
+		c.batches--
+	} else {
+		c.plains--
+	}
+	for _, e := range group {
+		for _, of := range e.streams {
+			delete(c.busy, of)
+		}
+	}
+	c.mu.Unlock()
+	c.signal()
+}
+
+// pick takes groups out of what waits.
+func (c *scheduler) pick() [][]*entry {
+	one := c.store.replicas.Load() == 1
+	grouping := c.store.settings.grouping
+	if grouping == 0 && one {
+		grouping = groupFrom
+	}
+	if hold := c.store.settings.hold; hold != nil && hold() {
+		return nil
+	}
+	if one && c.batches > 0 { // what comes meanwhile gathers for the next batch
+		return nil
+	}
+	// Who could be written now: no stream of theirs is being written, or has somebody
+	// before them who has to wait.
+	blocked := map[eventstore.Stream]bool{}
+	var ready []*entry
+	c.waiting = slices.DeleteFunc(c.waiting, (*entry).isDone)
+	for _, e := range c.waiting {
+		free := true
+		for _, of := range e.streams {
+			if _, busy := c.busy[of]; busy || blocked[of] {
+				free = false
+			}
+		}
+		if free {
+			ready = append(ready, e)
+			continue
+		}
+		for _, of := range e.streams {
+			blocked[of] = true
+		}
+	}
+	if len(ready) == 0 {
+		return nil
+	}
+	var groups [][]*entry
+	batch := func(of []*entry) {
+		n, messages, bytes := 0, 0, 0
+		for n < len(of) && (n == 0 || messages+of[n].most <= batchMessages && bytes+of[n].bytes <= batchBytes) {
+			messages += of[n].most
+			bytes += of[n].bytes
+			n++
+		}
+		groups = append(groups, of[:n:n])
+	}
+	components := connected(ready)
+	plain := !slices.ContainsFunc(components, func(group []*entry) bool { return len(group) > 1 || group[0].most > 1 })
+	switch {
+	case grouping > 0 && (len(ready) >= grouping || one && !plain):
+		batch(ready)
+	default:
+		plains, batches := c.plains, c.batches
+		mostPlain := plainMany
+		if one {
+			mostPlain = plainOne
+		}
+		for _, group := range components {
+			if len(group) == 1 && group[0].most == 1 {
+				if plains < mostPlain {
+					plains++
+					groups = append(groups, group)
+				}
+			} else if batches < batchesMany {
+				batches++
+				batch(group)
+			}
+		}
+	}
+	taken := map[*entry]bool{}
+	for _, group := range groups {
+		for i, e := range group {
+			e.order = i
+			taken[e] = true
+		}
+	}
+	c.waiting = slices.DeleteFunc(c.waiting, func(e *entry) bool { return taken[e] })
+	return groups
+}
+
+// connected parts entries into groups that share no stream, each in order.
+func connected(entries []*entry) [][]*entry {
+	parent := make([]int, len(entries))
+	find := func(i int) int {
+		for parent[i] != i {
+			parent[i] = parent[parent[i]]
+			i = parent[i]
+		}
+		return i
+	}
+	first := make(map[eventstore.Stream]int, len(entries))
+	for i, e := range entries {
+		parent[i] = i
+		for _, of := range e.streams {
+			if j, ok := first[of]; ok {
+				a, b := find(i), find(j)
+				parent[max(a, b)] = min(a, b)
+			} else {
+				first[of] = i
+			}
+		}
+	}
+	at := make(map[int]int, len(entries))
+	var groups [][]*entry
+	for i, e := range entries {
+		root := find(i)
+		n, ok := at[root]
+		if !ok {
+			n = len(groups)
+			at[root] = n
+			groups = append(groups, nil)
+		}
+		groups[n] = append(groups[n], e)
+	}
+	return groups
+}

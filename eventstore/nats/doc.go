@@ -1,0 +1,119 @@
+// Package nats keeps the event store in one stream of NATS JetStream (server
+// 2.12 or later). By default a NATS server syncs what it has acknowledged every
+// two minutes only: when the power fails, or the operating system, acknowledged
+// events of the last moments are lost, on one server and on several that fail
+// together. For a log that must not lose events, set this on every server:
+//
+//	jetstream { sync_interval: always }
+//
+// Servers tell their setting only to the system account. With a connection of
+// it ([SystemConn]) opening the log warns when a server does not sync every
+// write, without one it warns that this is unknown: once, over [Logger].
+// [Store.Durability] says how it is. A crash of the server process alone loses
+// nothing.
+//
+// It may import eventstore and internal packages.
+//
+//	app, err := deed.Start(ctx, nats.URL("nats://app:secret@one:4222,nats://app:secret@two:4222", nats.Replicas(3)),
+//		deed.State(…), …)
+//
+// or, without an application:
+//
+//	store, err := nats.Open(ctx, "nats://localhost:4222/?stream=orders&replicas=3")
+//	defer store.Close()
+//
+// JetStream keeps events and nothing else of deed: the state of projections and
+// sagas lives in a store that the program names, such as SQLite or PostgreSQL.
+//
+// # What is supported
+//
+// Everything of the contract but these, which are refused with
+// errors.ErrUnsupported or are as said:
+//
+//   - conditions over queries (eventstore.NoneMatch): the server checks one
+//     subject safely, and does not check a wildcard against what is being
+//     written at the same time;
+//   - idempotency keys are unique in the first stream of their commit, not in the
+//     whole log. They are kept as long as the log. Finding a key for the first
+//     time reads its stream; from then on the store remembers;
+//   - positions are sequences of the JetStream stream. They increase, and have
+//     gaps where a commit has conditions on streams that it does not write: each
+//     takes a message of its own, in front of the events.
+//
+// A commit has at most 1,000 messages, those for such conditions included: an
+// atomic batch of the server takes no more. An event must fit into the server's
+// max_payload with 64 KiB for its headers: with the default of 1 MiB it may have
+// 960 KiB ([Store.Limits]).
+//
+// Queries for a stream, a category or one slice are answered by subject, and so
+// is a query of several items when all of them are about the same one of these.
+// Every other query reads all subjects; types and tags are always looked at in
+// the program.
+//
+// # How events are stored
+//
+// An event is one message with the subject stream.slice.category.id, in which
+// bytes that mean something to NATS are escaped, so that no two streams of
+// events share a subject. Headers hold what the event is (Deed-Id, Deed-Type,
+// Deed-Time, Deed-Tags, Deed-Metadata), its version, its place in its commit, the
+// commit's key and fingerprint, and the sequences of up to sixteen events before
+// it in its stream. To load a stream is to read its last message and to follow
+// these, sixteen at once: no consumer has to be made, and the server has nothing
+// to search.
+//
+// # Appending
+//
+// Each commit demands what the last sequences of its streams are, also one
+// without conditions: that is how versions are numbered without gaps, by any
+// number of processes, and how the store finds out what became of a commit. A
+// commit of one event is a publish; one of several is an atomic batch. On a
+// single server, which syncs every publish alone, waiting commits share a batch
+// from sixteen on. On several servers commits of one event go their own ways,
+// since the servers gather what they replicate. Commits on one stream are
+// written in the order of the calls.
+//
+// When the server refuses a batch it does not say why. The store then reads
+// where the streams are, gives those commits a conflict whose conditions do not
+// hold any more, and sends the others again.
+//
+// # When something breaks
+//
+// A commit whose answer does not come is looked for by the ids of its events,
+// and sent again if it is not there: with the same demands, so that messages
+// that arrive late are refused once the commit is written. Callers get the
+// outcome, not a guess; when none can be had for as long as [Patience] says, the
+// error is eventstore.ErrOutcomeUnknown, or eventstore.ErrUnavailable where
+// nothing can have been written.
+//
+// All subscribers of a process share one consumer, whose messages must follow
+// one another without a gap; it is made anew, behind what was seen, whenever it
+// fails. Those who are far behind read pages. Subscriptions wait for a server
+// that is away.
+//
+// Whenever the server was away the last event that was seen is looked at again.
+// When it is not there, or another one is, the server has lost events: appends
+// and subscriptions then fail with eventstore.ErrGap, since what was done on the
+// lost events is for people to decide.
+//
+// # Several servers
+//
+// With [Replicas] an event is acknowledged when most of the servers have it.
+// Three survive the loss of one. What must be known for certain (where a stream
+// ends, whether there is more to read) is asked of the stream's leader, because
+// others lag behind it; messages that are known to exist come from any of them.
+// While there is no leader calls wait.
+//
+// # The stream
+//
+// Opening a log makes the stream with settings that keep it ([Config]): limits
+// retention without limits, nothing can be deleted or purged, file storage,
+// direct gets, atomic batches. A stream that exists is refused, by the name of
+// the setting, when it could lose events or appends could not be checked. Its
+// metadata holds the id of the log. Nothing else may publish to its subjects.
+//
+// A program needs these rights, for a stream named deed: to publish to deed.>,
+// $JS.API.INFO, $JS.API.STREAM.INFO.deed, $JS.API.STREAM.MSG.GET.deed,
+// $JS.API.DIRECT.GET.deed and below, $JS.API.CONSUMER.*.deed and below, and
+// $JS.API.STREAM.CREATE.deed unless it is opened with [WithoutCreation]; to
+// subscribe to _INBOX.>.
+package nats

@@ -1,0 +1,256 @@
+package nats
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	client "github.com/nats-io/nats.go"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// Headers of stored messages. They are part of the stored contract. The payload
+// is the event's data, behind the metadata where that is too large for a header.
+const (
+	headerID           = "Deed-Id"
+	headerVersion      = "Deed-Version"
+	headerType         = "Deed-Type"
+	headerTime         = "Deed-Time"          // nanoseconds since 1970
+	headerTags         = "Deed-Tags"          // a JSON array
+	headerMetadata     = "Deed-Metadata"      // JSON
+	headerMetadataSize = "Deed-Metadata-Size" // bytes of metadata before the data
+	headerCommit       = "Deed-Commit"        // "i/n": the i-th of the n messages of a commit of several
+	headerKey          = "Deed-Key"           // on the first event of a commit
+	headerFingerprint  = "Deed-Fingerprint"   // likewise
+	headerPrevious     = "Deed-Previous"      // where the events before this one of the stream are, the last one first
+)
+
+// Headers that the server understands.
+const (
+	headerExpected        = "Nats-Expected-Last-Subject-Sequence"
+	headerExpectedSubject = "Nats-Expected-Last-Subject-Sequence-Subject"
+	headerBatchID         = "Nats-Batch-Id"
+	headerBatchSequence   = "Nats-Batch-Sequence"
+	headerBatchCommit     = "Nats-Batch-Commit"
+)
+
+const (
+	// pointers is how many earlier events of its stream a message points to.
+	pointers = 16
+	// metadataInHeader is the largest metadata that travels in a header: all headers
+	// of a message together may have 64 KiB, and tags have up to half of that.
+	metadataInHeader = 8 << 10
+)
+
+// message is a stored message: an event, or (without Type) a condition that a
+// commit needed.
+type message struct {
+	eventstore.Recorded
+	index, count     int // its place in its commit, from 1 on
+	key, fingerprint string
+	previous         []uint64 // sequences of the events before it in its stream, the last one first
+}
+
+func (m *message) isEvent() bool { return m.Type != "" }
+
+// quote makes any legal name a header's value: parsers trim the space around it.
+func quote(text string) string {
+	if text != "" && (text[0] == ' ' || text[0] == '"' || text[len(text)-1] == ' ') {
+		return strconv.Quote(text)
+	}
+	return text
+}
+
+func unquote(value string) (string, error) {
+	if value != "" && value[0] == '"' {
+		return strconv.Unquote(value)
+	}
+	return value, nil
+}
+
+// encode returns the message for an event but for what depends on where it will
+// be: version, pointers, expectation and batch.
+func (s subjects) encode(e *eventstore.Event) (*client.Msg, error) {
+	h := make(client.Header, 12)
+	h[headerID] = []string{e.ID.String()}
+	h[headerType] = []string{quote(e.Type)}
+	h[headerTime] = []string{strconv.FormatInt(e.Time.UnixNano(), 10)}
+	if len(e.Tags) > 0 {
+		tags, err := json.Marshal(e.Tags)
+		if err != nil {
+			return nil, fmt.Errorf("%w: event %q: its tags do not encode: %w", eventstore.ErrInvalid, e.Type, err)
+		}
+		h[headerTags] = []string{string(tags)}
+	}
+	data := e.Data
+	if !e.Metadata.IsZero() {
+		metadata, err := e.Metadata.MarshalJSON()
+		if err != nil {
+			return nil, fmt.Errorf("%w: event %q: its metadata does not encode: %w", eventstore.ErrInvalid, e.Type, err)
+		}
+		if len(metadata) <= metadataInHeader {
+			h[headerMetadata] = []string{string(metadata)}
+		} else {
+			h[headerMetadataSize] = []string{strconv.Itoa(len(metadata))}
+			data = append(metadata, data...)
+		}
+	}
+	return &client.Msg{Subject: s.of(e.Stream), Header: h, Data: data}, nil
+}
+
+// size returns about how many bytes the message has on its way.
+func size(m *client.Msg) int {
+	n := 64 + len(m.Subject) + len(m.Data)
+	for k, values := range m.Header {
+		for _, v := range values {
+			n += len(k) + len(v) + 4
+		}
+	}
+	return n
+}
+
+// placeHeaders is the most that is added to an encoded event when it is sent.
+const placeHeaders = 1024 + 2*eventstore.MaxKeyBytes + pointers*21
+
+// previousHeader writes pointers. Events of the same batch have no sequence
+// yet; they are given by how far before the message they lie.
+func previousHeader(before []int, earlier []uint64) string {
+	to := make([]byte, 0, 12*pointers)
+	n := 0
+	for _, distance := range before {
+		if n++; n > pointers {
+			break
+		}
+		to = append(to, '-')
+		to = strconv.AppendInt(to, int64(distance), 10)
+		to = append(to, ' ')
+	}
+	for _, sequence := range earlier {
+		if n++; n > pointers {
+			break
+		}
+		to = strconv.AppendUint(to, sequence, 10)
+		to = append(to, ' ')
+	}
+	return string(to[:max(len(to)-1, 0)])
+}
+
+func parsePrevious(value string, sequence uint64) ([]uint64, error) {
+	if value == "" {
+		return nil, nil
+	}
+	previous := make([]uint64, 0, pointers)
+	last := sequence
+	for field := range strings.FieldsSeq(value) {
+		digits, relative := strings.CutPrefix(field, "-")
+		n, err := strconv.ParseUint(digits, 10, 64)
+		if err != nil {
+			return nil, err
+		}
+		if relative {
+			n = sequence - n
+		}
+		if n == 0 || n >= last {
+			return nil, fmt.Errorf("the pointers %q of the message at %d do not decrease", value, sequence)
+		}
+		previous = append(previous, n)
+		last = n
+	}
+	return previous, nil
+}
+
+// errForeign says that something else than deed has written into the log.
+func errForeign(sequence uint64, subject string, cause error) error {
+	return fmt.Errorf("%w: the message at sequence %d, subject %q, is not an event that deed wrote: %w", eventstore.ErrDecode, sequence, subject, cause)
+}
+
+// decode reads a stored message.
+func (s subjects) decode(subject string, sequence uint64, h client.Header, data []byte) (*message, error) {
+	m := &message{index: 1, count: 1}
+	if err := s.decodeInto(m, subject, sequence, h, data); err != nil {
+		return nil, errForeign(sequence, subject, err)
+	}
+	return m, nil
+}
+
+func (s subjects) decodeInto(m *message, subject string, sequence uint64, h client.Header, data []byte) error {
+	m.Position = eventstore.Position(sequence)
+	if place := get(h, headerCommit); place != "" {
+		index, count, _ := strings.Cut(place, "/")
+		var err error
+		if m.index, err = strconv.Atoi(index); err != nil {
+			return err
+		}
+		if m.count, err = strconv.Atoi(count); err != nil {
+			return err
+		}
+		if m.index < 1 || m.index > m.count || uint64(m.index) > sequence {
+			return fmt.Errorf("header %s is %q", headerCommit, place)
+		}
+	}
+	if subject == s.conditions() {
+		return nil
+	}
+	var err error
+	if m.Stream, err = s.stream(subject); err != nil {
+		return err
+	}
+	if m.ID, err = uuid.Parse(get(h, headerID)); err != nil {
+		return fmt.Errorf("header %s: %w", headerID, err)
+	}
+	if m.Version, err = strconv.ParseUint(get(h, headerVersion), 10, 64); err != nil || m.Version == 0 {
+		return fmt.Errorf("header %s is %q", headerVersion, get(h, headerVersion))
+	}
+	if m.Type, err = unquote(get(h, headerType)); err != nil || m.Type == "" {
+		return fmt.Errorf("header %s is %q", headerType, get(h, headerType))
+	}
+	nanoseconds, err := strconv.ParseInt(get(h, headerTime), 10, 64)
+	if err != nil {
+		return fmt.Errorf("header %s: %w", headerTime, err)
+	}
+	m.Time = time.Unix(0, nanoseconds).UTC()
+	if tags := get(h, headerTags); tags != "" {
+		if err := json.Unmarshal([]byte(tags), &m.Tags); err != nil {
+			return fmt.Errorf("header %s: %w", headerTags, err)
+		}
+	}
+	metadata := get(h, headerMetadata)
+	if n := get(h, headerMetadataSize); n != "" {
+		size, err := strconv.Atoi(n)
+		if err != nil || size < 0 || size > len(data) {
+			return fmt.Errorf("header %s is %q, the message has %d bytes", headerMetadataSize, n, len(data))
+		}
+		metadata, data = string(data[:size]), data[size:]
+	}
+	if metadata != "" {
+		if err := json.Unmarshal([]byte(metadata), &m.Metadata); err != nil {
+			return fmt.Errorf("header %s: %w", headerMetadata, err)
+		}
+	}
+	m.Data = data
+	if m.key, err = unquote(get(h, headerKey)); err != nil {
+		return fmt.Errorf("header %s: %w", headerKey, err)
+	}
+	if m.fingerprint, err = unquote(get(h, headerFingerprint)); err != nil {
+		return fmt.Errorf("header %s: %w", headerFingerprint, err)
+	}
+	if m.previous, err = parsePrevious(get(h, headerPrevious), sequence); err != nil {
+		return fmt.Errorf("header %s: %w", headerPrevious, err)
+	}
+	if want := min(m.Version-1, pointers); uint64(len(m.previous)) > want || want > 0 && len(m.previous) == 0 {
+		return fmt.Errorf("version %d has %d pointers", m.Version, len(m.previous))
+	}
+	return nil
+}
+
+// get returns a header without looking for other spellings of its name.
+func get(h client.Header, name string) string {
+	if values := h[name]; len(values) > 0 {
+		return values[0]
+	}
+	return ""
+}

@@ -1,0 +1,403 @@
+package nats
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	client "github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/nats-io/nuid"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// outcome is what is known after a plan was sent.
+type outcome uint8
+
+const (
+	outcomeWritten outcome = iota
+	// outcomeMoved: nothing was written; a stream is not where the plan had it, or
+	// others are about to write it. The server does not say which one.
+	outcomeMoved
+	// outcomeRefused: nothing was written; the server cannot now.
+	outcomeRefused
+	// outcomeUnknown: there was no answer. The messages may still be on their way.
+	outcomeUnknown
+)
+
+// The server's codes. One and the same conflict has one code on a single server
+// and may have the other one on several.
+const (
+	codeWrongSequence         = 10071
+	codeWrongSequenceConstant = 10164
+	codeIncomplete            = 10176
+	codeManyInFlight          = 10210
+	codeStoreFailed           = 10077
+)
+
+// execute finds the outcome of every entry of the group. Nobody else writes
+// their streams from this process meanwhile.
+func (s *Store) execute(group []*entry) {
+	pending := group
+	known := map[eventstore.Stream]bool{}
+	var deadline time.Time
+	var trouble error
+	wait, fruitless := time.Millisecond, 0
+	for {
+		pending = slices.DeleteFunc(slices.Clone(pending), (*entry).isDone)
+		if len(pending) == 0 {
+			return
+		}
+		if !deadline.IsZero() && time.Now().After(deadline) || fruitless > 5 && s.closed() {
+			s.giveUp(pending, trouble)
+			return
+		}
+		if err := s.verifyReconnected(s.base); err != nil {
+			s.giveUp(pending, err)
+			return
+		}
+		p, err := s.plan(s.base, pending, known, fruitless > 2)
+		if err != nil {
+			s.giveUp(pending, err)
+			return
+		}
+		if !p.begin() { // somebody has gone: what was decided may not hold without them
+			continue
+		}
+		if len(p.messages) == 0 {
+			pending = p.left
+			continue
+		}
+		outcome, first, err := s.send(p)
+		if outcome == outcomeWritten {
+			s.record(p, first, known)
+			pending, deadline, wait, fruitless = p.left, time.Time{}, time.Millisecond, 0
+			continue
+		}
+		if deadline.IsZero() {
+			deadline = time.Now().Add(s.settings.patience)
+		}
+		trouble = err
+		pending = p.back()
+		if outcome == outcomeUnknown {
+			for _, e := range p.entries {
+				e.uncertain = true
+			}
+		}
+		if outcome == outcomeRefused {
+			if _, refused := errors.AsType[*jetstream.APIError](err); refused && !transient(err) {
+				if len(p.entries) == 1 {
+					s.giveUp(p.entries, err)
+					continue
+				}
+				fruitless += 10 // find out whose fault it is
+				continue
+			}
+			fruitless++
+			pause(s.base, wait)
+			wait = min(2*wait, 250*time.Millisecond)
+			continue
+		}
+		moved, err := s.moved(p, known)
+		if err != nil {
+			s.giveUp(pending, err)
+			return
+		}
+		if !moved {
+			fruitless++
+			pause(s.base, wait)
+			wait = min(2*wait, 250*time.Millisecond)
+		}
+	}
+}
+
+// begin marks the plan's entries as sent; false when one was given up.
+func (p *plan) begin() bool {
+	if slices.ContainsFunc(p.entries, (*entry).isDone) {
+		return false
+	}
+	for _, e := range p.entries {
+		if !e.begin() {
+			return false
+		}
+	}
+	for _, e := range p.entries {
+		e.sent = true
+	}
+	return true
+}
+
+// back returns the entries whose outcome is still open, in order.
+func (p *plan) back() []*entry {
+	all := slices.Clone(p.entries)
+	for _, h := range p.held {
+		all = append(all, h.entry)
+	}
+	all = append(all, p.left...)
+	slices.SortFunc(all, func(a, b *entry) int { return a.order - b.order })
+	return all
+}
+
+// giveUp tells the entries that there will be no outcome.
+func (s *Store) giveUp(pending []*entry, cause error) {
+	for _, e := range pending {
+		kind := eventstore.ErrUnavailable
+		switch {
+		case e.uncertain:
+			kind = eventstore.ErrOutcomeUnknown
+		case errors.Is(cause, eventstore.ErrUnavailable), errors.Is(cause, eventstore.ErrGap), errors.Is(cause, eventstore.ErrDecode):
+			e.finish(eventstore.Receipt{}, fmt.Errorf("append: %w", cause))
+			continue
+		}
+		e.finish(eventstore.Receipt{}, fmt.Errorf("append: %w: %w", kind, cause))
+	}
+}
+
+// send sends the plan and waits for the server's answer. first is the sequence
+// of the first message.
+func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
+	if hook := s.settings.sending; hook != nil {
+		hook(p.messages)
+	}
+	if !s.conn.IsConnected() {
+		return outcomeRefused, 0, client.ErrDisconnected
+	}
+	count := len(p.messages)
+	last := p.messages[count-1]
+	if count > 1 {
+		id := nuid.Next()
+		for i, m := range p.messages {
+			m.Header[headerBatchID] = []string{id}
+			m.Header[headerBatchSequence] = []string{strconv.Itoa(i + 1)}
+		}
+		last.Header[headerBatchCommit] = []string{"1"}
+	}
+	if s.settings.swallow != nil && s.settings.swallow(p.messages) {
+		return outcomeUnknown, 0, errAgain
+	}
+	if count > 1 {
+		for _, m := range p.messages[:count-1] {
+			if err := s.conn.PublishMsg(m); err != nil {
+				return outcomeRefused, 0, err // without its last message no batch is committed
+			}
+		}
+	}
+	ctx, cancel := context.WithTimeout(s.base, s.settings.attempt)
+	defer cancel()
+	answer, err := s.conn.RequestMsgWithContext(ctx, last)
+	if s.settings.dropReply != nil && s.settings.dropReply() {
+		return outcomeUnknown, 0, errAgain
+	}
+	if err != nil {
+		if errors.Is(err, client.ErrNoResponders) || errors.Is(err, client.ErrReconnectBufExceeded) || errors.Is(err, client.ErrConnectionClosed) {
+			return outcomeRefused, 0, err
+		}
+		return outcomeUnknown, 0, fmt.Errorf("no answer from the server: %w", err)
+	}
+	var ack struct {
+		Error    *jetstream.APIError `json:"error"`
+		Stream   string              `json:"stream"`
+		Sequence uint64              `json:"seq"`
+		Count    int                 `json:"count"`
+	}
+	if err := json.Unmarshal(answer.Data, &ack); err != nil {
+		return outcomeUnknown, 0, fmt.Errorf("the server's answer cannot be understood: %w", err)
+	}
+	if refused := ack.Error; refused != nil {
+		switch refused.ErrorCode {
+		case codeWrongSequence, codeWrongSequenceConstant:
+			return outcomeMoved, 0, refused
+		case codeIncomplete, codeManyInFlight:
+			return outcomeRefused, 0, fmt.Errorf("%w: %w", errAgain, refused)
+		case codeStoreFailed:
+			if strings.Contains(refused.Description, "maximum") { // a limit of the stream
+				return outcomeRefused, 0, refused
+			}
+			return outcomeUnknown, 0, refused
+		}
+		if refused.Code >= 500 {
+			return outcomeUnknown, 0, refused
+		}
+		return outcomeRefused, 0, refused
+	}
+	if ack.Stream != s.settings.stream || ack.Sequence < uint64(count) || count > 1 && ack.Count != count {
+		return outcomeUnknown, 0, fmt.Errorf("the server's answer %q does not fit %d messages for stream %q", answer.Data, count, s.settings.stream)
+	}
+	return outcomeWritten, ack.Sequence - uint64(count) + 1, nil
+}
+
+// record remembers where the plan has brought the streams, and tells the
+// callers.
+func (s *Store) record(p *plan, first uint64, known map[eventstore.Stream]bool) {
+	newest := first + uint64(len(p.messages)) - 1
+	s.saw(newest)
+	events := p.entries[len(p.entries)-1].commit.Events
+	s.newest.see(newest, events[len(events)-1].ID)
+	for of, t := range p.tracks {
+		if !t.guarded {
+			continue
+		}
+		known[of] = true
+		if len(t.events) == 0 {
+			s.heads.set(of, t.base)
+			continue
+		}
+		now := head{version: t.version, sequence: first + uint64(t.events[len(t.events)-1]), last: t.last, keys: t.base.keys, previous: make([]uint64, 0, pointers)}
+		for i := len(t.events) - 1; i >= 0 && len(now.previous) < pointers; i-- {
+			now.previous = append(now.previous, first+uint64(t.events[i]))
+		}
+		for _, sequence := range t.base.previous {
+			if len(now.previous) < pointers {
+				now.previous = append(now.previous, sequence)
+			}
+		}
+		if now.keys == nil && t.base.version == 0 {
+			now.keys = new(keys)
+		}
+		if now.keys != nil {
+			now.keys.extend(t.base.version, t.version, func(add func(string, usedKey)) {
+				for key, n := range t.keys {
+					receipt := placed(p.receipts[n], first)
+					add(key, usedKey{fingerprint: receipt.Fingerprint, sequence: uint64(receipt.First), receipt: &receipt})
+				}
+			})
+		}
+		s.heads.set(of, now)
+	}
+	for i, e := range p.entries {
+		e.finish(placed(p.receipts[i], first), nil)
+	}
+	for _, h := range p.held {
+		h.entry.finish(h.outcome(first))
+	}
+}
+
+// moved reads where the plan's streams are, and reports whether one of them is
+// not where the plan has it. Of several replicas any may answer: what it knows
+// is stored, but there may be more.
+func (s *Store) moved(p *plan, known map[eventstore.Stream]bool) (bool, error) {
+	streams := p.streams()
+	if err := s.refresh(s.base, streams, false); err != nil {
+		return false, err
+	}
+	moved := false
+	for _, of := range streams {
+		h, ok := s.heads.get(of)
+		if ok && h.sequence != p.tracks[of].base.sequence {
+			moved = true
+			known[of] = true
+		}
+	}
+	return moved, nil
+}
+
+// wasWritten finds out what became of an entry that was sent, now that its
+// first stream is not where it was: either its event is the one that came next,
+// or it never will be.
+func (s *Store) wasWritten(ctx context.Context, e *entry, now head) (bool, error) {
+	if now.version > e.base.version {
+		after, err := s.history(ctx, e.writes[0], now, e.base.version, 0)
+		if err != nil {
+			return false, err
+		}
+		if next := after[len(after)-1]; next.ID == e.commit.Events[0].ID {
+			receipt, err := s.receiptOf(ctx, usedKey{fingerprint: e.commit.Fingerprint, sequence: uint64(next.Position)})
+			if err != nil {
+				return false, err
+			}
+			e.finish(receipt, nil)
+			return true, nil
+		}
+	}
+	e.sent, e.uncertain = false, false
+	return false, nil
+}
+
+// refresh reads the heads of the streams; all that was acknowledged when fresh.
+func (s *Store) refresh(ctx context.Context, streams []eventstore.Stream, fresh bool) error {
+	return s.asking(ctx, "read the ends of streams", func(ctx context.Context) error {
+		found, err := s.lasts(ctx, streams, fresh)
+		if err != nil {
+			return err
+		}
+		for i, of := range streams {
+			now := headOf(found[i])
+			if before, ok := s.heads.get(of); ok {
+				if before.sequence > now.sequence {
+					if s.replicas.Load() > 1 { // a leader of yesterday may have answered
+						return fmt.Errorf("%w: %w", errAgain, errRewound(of, before, now))
+					}
+					return errRewound(of, before, now)
+				}
+				now.keys = before.keys
+			}
+			s.heads.set(of, now)
+		}
+		return nil
+	})
+}
+
+func errRewound(of eventstore.Stream, before, now head) error {
+	return fmt.Errorf("%w: stream %q ends at position %d, but this process has seen position %d: the server has lost events that it acknowledged (sync_interval is not always?), or was restored", eventstore.ErrGap, of, now.sequence, before.sequence)
+}
+
+// lasts returns the last message of each stream; nil where there is none. On a
+// single server one request answers for all of them.
+func (s *Store) lasts(ctx context.Context, streams []eventstore.Stream, fresh bool) ([]*message, error) {
+	found := make([]*message, len(streams))
+	names := make([]string, len(streams))
+	at := make(map[string]int, len(streams))
+	for i, of := range streams {
+		names[i] = s.subjects.of(of)
+		at[names[i]] = i
+	}
+	one := s.replicas.Load() == 1
+	if fresh && !one || len(streams) == 1 {
+		var failed error
+		var mu sync.Mutex
+		var all sync.WaitGroup
+		turns := make(chan struct{}, 64)
+		for i := range names {
+			turns <- struct{}{}
+			all.Go(func() {
+				defer func() { <-turns }()
+				m, err := s.fresh(ctx, &getRequest{Last: names[i]})
+				mu.Lock()
+				defer mu.Unlock()
+				found[i] = m
+				failed = errors.Join(failed, err)
+			})
+		}
+		all.Wait()
+		return found, failed
+	}
+	for len(names) > 0 {
+		n, bytes := 0, 0
+		for n < len(names) && n < batchMessages && bytes < 128<<10 {
+			bytes += len(names[n])
+			n++
+		}
+		messages, through, err := s.multiLast(ctx, names[:n])
+		if err != nil {
+			return nil, err
+		}
+		if !one && through < s.known.Load() {
+			if len(messages) == 0 { // it does not say how far it is
+				return s.lasts(ctx, streams, true)
+			}
+			return nil, fmt.Errorf("%w: a replica lags", errAgain)
+		}
+		for _, m := range messages {
+			found[at[s.subjects.of(m.Stream)]] = m
+		}
+		names = names[n:]
+	}
+	return found, nil
+}

@@ -1,0 +1,296 @@
+package nats
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"slices"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// Read implements eventstore.Store. One stream is read along the pointers of
+// its events; everything else by pages of what the server can select by
+// subject: a category or a slice. Types and tags are looked at here.
+func (s *Store) Read(ctx context.Context, q eventstore.Query, o eventstore.ReadOptions) iter.Seq2[eventstore.Recorded, error] {
+	return func(yield func(eventstore.Recorded, error) bool) {
+		fail := func(err error) { yield(eventstore.Recorded{}, err) }
+		if err := q.Validate(); err != nil {
+			fail(err)
+			return
+		}
+		if err := o.Validate(); err != nil {
+			fail(err)
+			return
+		}
+		left := o.Limit
+		give := func(events []eventstore.Recorded) bool {
+			for i := range events {
+				if !yield(events[i], nil) {
+					return false
+				}
+				if left--; left == 0 {
+					return false
+				}
+			}
+			return true
+		}
+		var err error
+		if of, ok := oneStream(q); ok {
+			err = s.readStream(ctx, of, q, o, give)
+		} else {
+			err = s.readLog(ctx, q, o, give)
+		}
+		if err != nil {
+			fail(err)
+		}
+	}
+}
+
+// oneStream reports whether all items of the query are about the same stream.
+func oneStream(q eventstore.Query) (eventstore.Stream, bool) {
+	if q.Everything {
+		return eventstore.Stream{}, false
+	}
+	of := q.Items[0].Stream
+	return of, !of.IsZero() && !slices.ContainsFunc(q.Items, func(i eventstore.Item) bool { return i.Stream != of })
+}
+
+// filter returns the subjects that hold all matches of the query.
+func (s subjects) filter(q eventstore.Query) string {
+	if q.Everything {
+		return s.all()
+	}
+	one := func(i *eventstore.Item) string {
+		switch {
+		case !i.Stream.IsZero():
+			return s.of(i.Stream)
+		case i.Category != "":
+			return s.category(i.Category)
+		case !i.Slices.IsZero() && i.Slices.To == i.Slices.From+1:
+			return s.slice(i.Slices.From)
+		}
+		return s.all()
+	}
+	filter := one(&q.Items[0])
+	for i := range q.Items {
+		if one(&q.Items[i]) != filter {
+			return s.all()
+		}
+	}
+	return filter
+}
+
+// longStream is from how many events on a stream is read by pages: it would not
+// be held in memory.
+const longStream = 2048
+
+// readStream gives the stream's matching events to give, until it returns false.
+func (s *Store) readStream(ctx context.Context, of eventstore.Stream, q eventstore.Query, o eventstore.ReadOptions, give func([]eventstore.Recorded) bool) error {
+	if err := s.enter(ctx); err != nil {
+		return err
+	}
+	last, err := s.last(ctx, s.subjects.of(of))
+	s.leave()
+	if err != nil || last == nil {
+		return err
+	}
+	through := last.Position
+	if o.Through != 0 {
+		through = min(through, o.Through)
+	}
+	if through <= o.After {
+		return nil
+	}
+	if last.Version > longStream {
+		return s.readPages(ctx, q, o.After, through, o.Backward, give)
+	}
+	h := headOf(last)
+	if o.Backward {
+		return s.readBackward(ctx, of, h, q, o, through, give)
+	}
+	var events []eventstore.Recorded
+	err = s.within(ctx, func(ctx context.Context) error {
+		for version := h.version; version > 0; {
+			part, err := s.history(ctx, of, h, 0, pointers)
+			if err != nil {
+				return err
+			}
+			for _, m := range part {
+				if m.Position <= o.After {
+					return nil
+				}
+				if m.Position <= through && q.Matches(&m.Recorded) {
+					events = append(events, m.Recorded)
+				}
+			}
+			oldest := part[len(part)-1]
+			version = oldest.Version - 1
+			h = head{version: version, previous: oldest.previous}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	slices.Reverse(events)
+	give(events)
+	return nil
+}
+
+// within runs fn as a call that Close waits for.
+func (s *Store) within(ctx context.Context, fn func(context.Context) error) error {
+	if err := s.enter(ctx); err != nil {
+		return err
+	}
+	defer s.leave()
+	return fn(ctx)
+}
+
+func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, q eventstore.Query, o eventstore.ReadOptions, through eventstore.Position, give func([]eventstore.Recorded) bool) error {
+	for version := h.version; version > 0; {
+		var part []*message
+		err := s.within(ctx, func(ctx context.Context) (err error) {
+			part, err = s.history(ctx, of, h, 0, pointers)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		var events []eventstore.Recorded
+		for _, m := range part {
+			if m.Position > o.After && m.Position <= through && q.Matches(&m.Recorded) {
+				events = append(events, m.Recorded)
+			}
+		}
+		if !give(events) {
+			return nil
+		}
+		oldest := part[len(part)-1]
+		if oldest.Position <= o.After {
+			return nil
+		}
+		version = oldest.Version - 1
+		h = head{version: version, previous: oldest.previous}
+	}
+	return nil
+}
+
+// readLog gives the log's matching events to give, until it returns false.
+func (s *Store) readLog(ctx context.Context, q eventstore.Query, o eventstore.ReadOptions, give func([]eventstore.Recorded) bool) error {
+	through, err := s.Head(ctx)
+	if err != nil {
+		return err
+	}
+	if o.Through != 0 {
+		through = min(through, o.Through)
+	}
+	if through <= o.After {
+		return nil
+	}
+	return s.readPages(ctx, q, o.After, through, o.Backward, give)
+}
+
+func (s *Store) readPages(ctx context.Context, q eventstore.Query, after, through eventstore.Position, backward bool, give func([]eventstore.Recorded) bool) error {
+	if !backward {
+		for after < through {
+			events, reached, err := s.scan(ctx, q, after, through)
+			if err != nil || !give(events) {
+				return err
+			}
+			after = reached
+		}
+		return nil
+	}
+	// The server reads forward only: windows are read so, the last one first, and
+	// grow while they hold little.
+	window := eventstore.Position(pageEvents)
+	for after < through {
+		from := after
+		if through-after > window {
+			from = through - window
+		}
+		var events []eventstore.Recorded
+		for at := from; at < through; {
+			found, reached, err := s.scan(ctx, q, at, through)
+			if err != nil {
+				return err
+			}
+			events = append(events, found...)
+			at = reached
+		}
+		slices.Reverse(events)
+		if !give(events) {
+			return nil
+		}
+		if len(events) < pageEvents/4 {
+			window = min(2*window, 64*pageEvents)
+		}
+		through = from
+	}
+	return nil
+}
+
+// scan returns a page of the matching events in (after, through], where
+// through is known to be stored, and how far it looked.
+func (s *Store) scan(ctx context.Context, q eventstore.Query, after, through eventstore.Position) ([]eventstore.Recorded, eventstore.Position, error) {
+	if err := s.enter(ctx); err != nil {
+		return nil, 0, err
+	}
+	defer s.leave()
+	filter := s.subjects.filter(q)
+	whole := filter == s.subjects.all()
+	most := int(min(through-after, pageEvents))
+	page, more, err := s.page(ctx, filter, uint64(after)+1, most)
+	if err != nil {
+		return nil, 0, err
+	}
+	if !more && !whole && s.replicas.Load() > 1 && (len(page) == 0 || page[len(page)-1].Position < through) {
+		// A replica that lags has told what it knows. The leader knows whether there is
+		// more.
+		from := after
+		if len(page) > 0 {
+			from = page[len(page)-1].Position
+		}
+		next, err := s.next(ctx, filter, uint64(from)+1)
+		if err != nil {
+			return nil, 0, err
+		}
+		if next != nil {
+			page = append(page, next)
+			more = true
+		}
+	}
+	reached := after
+	events := make([]eventstore.Recorded, 0, len(page))
+	for _, m := range page {
+		if m.Position > through {
+			return events, through, nil
+		}
+		if whole && m.Position != reached+1 {
+			return nil, 0, errHole(uint64(reached)+1, uint64(m.Position))
+		}
+		reached = m.Position
+		if m.isEvent() && q.Matches(&m.Recorded) {
+			events = append(events, m.Recorded)
+		}
+	}
+	if !more && !whole {
+		reached = through
+	}
+	if whole && reached == after {
+		// It is stored, but who answered does not have it yet.
+		m, err := s.at(ctx, uint64(after)+1)
+		if err != nil {
+			return nil, 0, err
+		}
+		reached = m.Position
+		if m.isEvent() && q.Matches(&m.Recorded) {
+			events = append(events, m.Recorded)
+		}
+	}
+	if reached <= after {
+		return nil, 0, fmt.Errorf("%w: reading from position %d brought nothing", eventstore.ErrGap, after)
+	}
+	return events, reached, nil
+}

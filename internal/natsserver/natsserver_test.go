@@ -1,0 +1,79 @@
+package natsserver_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+	"github.com/stretchr/testify/require"
+
+	"github.com/deed-go/deed/internal/natsserver"
+)
+
+func stream(t *testing.T, ctx context.Context, c *natsserver.Cluster, replicas int) jetstream.JetStream {
+	t.Helper()
+	nc, err := c.Connect()
+	require.NoError(t, err)
+	t.Cleanup(nc.Close)
+	js, err := jetstream.New(nc)
+	require.NoError(t, err)
+	_, err = js.CreateStream(ctx, jetstream.StreamConfig{Name: "x", Subjects: []string{"x.>"}, Replicas: replicas, AllowAtomicPublish: true})
+	require.NoError(t, err)
+	return js
+}
+
+func TestOne(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c, err := natsserver.Start(natsserver.Options{SyncAlways: true})
+	require.NoError(t, err)
+	defer c.Close()
+	js := stream(t, ctx, c, 1)
+	_, err = js.Publish(ctx, "x.y", []byte("z"))
+	require.NoError(t, err)
+	c.Stop(0)
+	require.NoError(t, c.Start(0))
+	require.NoError(t, c.Settled(ctx, "x"))
+	require.Eventually(t, func() bool {
+		s, err := js.Stream(ctx, "x")
+		return err == nil && s.CachedInfo().State.LastSeq == 1
+	}, 30*time.Second, 10*time.Millisecond, "it is still there")
+}
+
+// A node that was cut off follows nothing until it is let in again.
+func TestCluster_CutOff(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	c, err := natsserver.Start(natsserver.Options{Nodes: 3})
+	require.NoError(t, err)
+	defer c.Close()
+	js := stream(t, ctx, c, 3)
+	require.NoError(t, c.Settled(ctx, "x"))
+	leader := c.Leader("x")
+	require.GreaterOrEqual(t, leader, 0)
+	publish := func() {
+		require.Eventually(t, func() bool {
+			once, cancel := context.WithTimeout(ctx, time.Second)
+			defer cancel()
+			_, err := js.Publish(once, "x.y", []byte("z"))
+			return err == nil
+		}, 50*time.Second, 10*time.Millisecond)
+	}
+	publish()
+	c.CutOff(leader)
+	began := time.Now()
+	require.Eventually(t, func() bool {
+		now := false
+		for i := range 3 {
+			now = now || i != leader && c.Leader("x") == i
+		}
+		return now
+	}, 40*time.Second, 10*time.Millisecond, "another node takes over")
+	t.Logf("another leader after %s", time.Since(began))
+	c.Rejoin(leader)
+	publish()
+	require.NoError(t, c.Settled(ctx, "x"))
+	require.NoError(t, c.StepDown("x"))
+	publish()
+}
