@@ -40,9 +40,7 @@ func both(t *testing.T, f func(t *kit), options ...esdbserver.Option) {
 	t.Parallel()
 	t.Run("memory", func(t *testing.T) {
 		t.Parallel()
-		store := memory.New()
-		t.Cleanup(func() { _ = store.Close() })
-		f(over(t, store, options...))
+		f(over(t, newMemory(t), options...))
 	})
 	t.Run("sqlite", func(t *testing.T) {
 		t.Parallel()
@@ -51,6 +49,12 @@ func both(t *testing.T, f func(t *kit), options ...esdbserver.Option) {
 		t.Cleanup(func() { _ = store.Close() })
 		f(over(t, store, options...))
 	})
+}
+
+func newMemory(t *testing.T) eventstore.Store {
+	store := memory.New()
+	t.Cleanup(func() { _ = store.Close() })
+	return store
 }
 
 func over(t *testing.T, store eventstore.Store, options ...esdbserver.Option) *kit {

@@ -127,8 +127,7 @@ func (r *reading) position(o *streams.ReadReq_Options_AllOptions) (uint64, error
 	return 0, nil
 }
 
-// sendNotFound answers, where the stream cannot be read, and reports whether it
-// did. The lock is held for reading, and given back.
+// open reports whether the stream can be read; where it cannot it was answered.
 func (r *reading) open(name string) (ok bool, err error) {
 	r.log.mu.RLock()
 	last, soft := r.log.last(name), r.log.isSoftDeleted(name)
@@ -380,7 +379,7 @@ func checkpoint(position uint64) *streams.ReadResp {
 
 // follow sends what next returns until the call ends. When next has nothing new
 // the subscription has caught up; the first time it says so.
-func (r *reading) follow(next func() (page []*streams.ReadResp, more bool, err error), caughtUp func() error) error {
+func (r *reading) follow(next func() (page []*streams.ReadResp, more bool, err error), caughtUp func()) error {
 	abort, behind := r.node.server.faults.signals()
 	live := false
 	for {
@@ -403,9 +402,7 @@ func (r *reading) follow(next func() (page []*streams.ReadResp, more bool, err e
 			continue
 		}
 		if !live {
-			if err := caughtUp(); err != nil {
-				return err
-			}
+			caughtUp()
 			if err := r.call.Send(&streams.ReadResp{Content: &streams.ReadResp_CaughtUp_{CaughtUp: &streams.ReadResp_CaughtUp{}}}); err != nil {
 				return err
 			}
@@ -429,7 +426,7 @@ func (r *reading) follow(next func() (page []*streams.ReadResp, more bool, err e
 	}
 }
 
-var errTooSlow = status.Error(codes.Aborted, "Operation timed out: the consumer of the subscription is too slow")
+var errTooSlow = status.Error(codes.Aborted, "Operation timed out: Consumer too slow to handle event while live. Client resubscription required.")
 
 func (r *reading) followStream(name string, o *streams.ReadReq_Options_StreamOptions) error {
 	r.log.mu.RLock()
@@ -467,7 +464,7 @@ func (r *reading) followStream(name string, o *streams.ReadReq_Options_StreamOpt
 			next++
 		}
 		return page, true, nil
-	}, func() error { return nil })
+	}, func() {})
 }
 
 func (r *reading) followAll(position uint64, o *streams.ReadReq_Options_AllOptions) error {
@@ -486,35 +483,34 @@ func (r *reading) followAll(position uint64, o *streams.ReadReq_Options_AllOptio
 	if err := r.confirm(); err != nil {
 		return err
 	}
-	considered := 0
-	through := uint64(0) // the position of the last record considered
+	// A checkpoint is due after so many records, matching or not. While it catches
+	// up the real server looks at pages of records and tells of a checkpoint only
+	// where another page follows, so none comes at the end of history.
+	considered, last, live := 0, uint64(0), false
 	return r.follow(func() (page []*streams.ReadResp, more bool, err error) {
 		for range pageRecords {
 			if next >= len(r.log.records) {
-				if next > 0 && through == 0 {
-					through = r.log.records[next-1].position
-				}
 				return page, false, nil
 			}
 			e := r.log.records[next]
 			next++
-			if e.position <= position && position != math.MaxUint64 {
+			if position != math.MaxUint64 && e.position <= position {
 				continue // the position lay beyond the end when the subscription began
 			}
-			through = e.position
+			if r.filter != nil && !live && considered >= r.filter.interval {
+				page = append(page, checkpoint(last))
+				considered = 0
+			}
 			if r.filter.matches(e) {
 				page = append(page, r.event(e))
 			}
-			if considered++; r.filter != nil && considered >= r.filter.interval {
-				page = append(page, checkpoint(e.position))
+			considered++
+			last = e.position
+			if r.filter != nil && live && considered >= r.filter.interval {
+				page = append(page, checkpoint(last))
 				considered = 0
 			}
 		}
 		return page, true, nil
-	}, func() error {
-		if r.filter == nil || through == 0 {
-			return nil
-		}
-		return r.call.Send(checkpoint(through))
-	})
+	}, func() { live = true })
 }

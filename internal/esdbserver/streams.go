@@ -291,4 +291,4 @@ func (r *record) recorded(textIDs bool) *streams.ReadResp_ReadEvent_RecordedEven
 	}
 }
 
-var errPosition = status.Error(codes.Unknown, "Unexpected ReadAllResult: Error")
+var errPosition = status.Error(codes.InvalidArgument, "Trying to read from an invalid position.")
