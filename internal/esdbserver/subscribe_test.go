@@ -251,6 +251,8 @@ func TestPoint59_CheckpointsOfFilteredAll(t *testing.T) {
 		o.From, o.MaxSearchWindow, o.CheckpointInterval = esdb.Start{}, 1, len(t.readAll(esdb.ReadAllOptions{}, most))
 		s = t.followAll(o)
 		require.Equal(t, []string{"mine-1:0", "mine-2:0", "C"}, t.heard(s, 3))
+		due = t.append("other-2", esdb.Any{}, 5, event(`{}`)).CommitPosition
+		require.Equal(t, due, s.Recv().CheckPointReached.Commit, "it comes with the next event")
 
 		call, err := streams.NewStreamsClient(t.dial()).Read(t.ctx, &streams.ReadReq{Options: &streams.ReadReq_Options{
 			StreamOption: &streams.ReadReq_Options_All{All: &streams.ReadReq_Options_AllOptions{AllOption: &streams.ReadReq_Options_AllOptions_Start{Start: &shared.Empty{}}}},
