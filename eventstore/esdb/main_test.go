@@ -6,6 +6,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/esdb/internal/driver"
 	"github.com/deed-go/deed/eventstore/storetest"
 )
 
@@ -21,9 +22,19 @@ func features() storetest.Features {
 	}
 }
 
+// A tail of one event makes every subscriber read from the server; one that
+// never says that a subscription has caught up must do as well.
+func TestStore_WithoutTail(t *testing.T) {
+	storetest.Run(t, func(t testing.TB) storetest.Opener {
+		db := newDatabase()
+		db.silent = true
+		return func() (storetest.Store, error) { return Open(t.Context(), "", withDriver(db.client()), Tail(1, 1)) }
+	}, features())
+}
+
 // withDriver opens a store over a driver of the test's own.
-func withDriver(d interface{ Close() error }) Option {
-	return func(s *settings) error { s.driver = d.(*client); return nil }
+func withDriver(d driver.Driver) Option {
+	return func(s *settings) error { s.driver = d; return nil }
 }
 
 // The adapter alone, over a database in memory without a server between.
