@@ -71,7 +71,7 @@ func New(url string, log *slog.Logger) (*Driver, error) {
 	d.pool = supervisor.New(supervisor.Config[*esdb.Client]{
 		Connect: d.connect,
 		Close:   func(c *esdb.Client) { _ = c.Close() },
-		Backoff: func(n int) time.Duration { return min(20*time.Millisecond<<min(n, 10), time.Second) },
+		Backoff: func(n int) time.Duration { return min(10*time.Millisecond<<min(n, 10), 250*time.Millisecond) },
 		Grace:   grace,
 	})
 	return d, nil

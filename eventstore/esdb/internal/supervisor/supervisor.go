@@ -46,6 +46,7 @@ type Supervisor[C any] struct {
 	changed    chan struct{} // closed and replaced when current or failure changes
 	failure    error         // of the last attempt to connect
 	failures   int           // in a row
+	tried      time.Time     // when the last attempt to connect ended
 	made       int           // generations so far
 	old        map[*Generation[C]]struct{}
 }
@@ -196,7 +197,7 @@ func (s *Supervisor[C]) connect() {
 		}
 		pause := time.Duration(0)
 		if s.failures > 0 {
-			pause = s.config.Backoff(s.failures)
+			pause = s.config.Backoff(s.failures) - time.Since(s.tried)
 		}
 		s.mu.Unlock()
 		if pause > 0 {
@@ -214,6 +215,7 @@ func (s *Supervisor[C]) connect() {
 		client, err := s.config.Connect(g)
 		s.mu.Lock()
 		s.made++
+		s.tried = time.Now()
 		if err != nil {
 			s.failure = err
 			s.failures++
@@ -231,7 +233,7 @@ func (s *Supervisor[C]) connect() {
 		if s.closed || broken {
 			s.failures++
 			s.mu.Unlock()
-			g.Break()
+			g.refuse()
 			continue
 		}
 		s.current, s.connecting, s.failure = g, false, nil
@@ -272,19 +274,21 @@ const startsWithin = 2 * time.Second
 // client that calls Break before it starts to look for another server can
 // therefore hang nobody.
 func (g *Generation[C]) Break() {
-	g.mu.Lock()
-	if !g.broken {
-		g.broken = true
-		g.settle()
-	}
-	idle := g.idle
-	g.mu.Unlock()
+	g.refuse()
 	timer := time.NewTimer(startsWithin)
 	defer timer.Stop()
 	select {
-	case <-idle:
+	case <-g.idle:
 	case <-timer.C:
 	}
+}
+
+// refuse lets no further call begin.
+func (g *Generation[C]) refuse() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.broken = true
+	g.settle()
 }
 
 // Broken reports whether Break was called.
@@ -354,7 +358,7 @@ func (g *Generation[C]) bury() {
 	select {
 	case <-g.done:
 	case <-g.s.base.Done():
-		g.Break()
+		g.refuse()
 		timer := time.NewTimer(g.s.config.Grace)
 		select {
 		case <-g.done:
