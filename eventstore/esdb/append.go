@@ -51,7 +51,7 @@ func (s *Store) Append(ctx context.Context, c eventstore.Commit) (eventstore.Rec
 		if end := s.ended(ctx); end != nil {
 			return eventstore.Receipt{}, end
 		}
-		return eventstore.Receipt{}, fmt.Errorf("%w: %w for other writes of this process to stream %q", eventstore.ErrUnavailable, err, c.Events[0].Stream)
+		return eventstore.Receipt{}, fmt.Errorf("%w: %w for other writes of this process to stream %q", eventstore.ErrUnavailable, err, c.Events[0].Stream.String())
 	}
 	defer s.streams.give(k)
 	a := appending{s: s, k: k, c: c, events: events, name: s.name(k.stream), caller: ctx}
@@ -63,7 +63,7 @@ func supported(c eventstore.Commit) error {
 	stream := c.Events[0].Stream
 	for i := range c.Events {
 		if other := c.Events[i].Stream; other != stream {
-			return fmt.Errorf("a commit of the streams %q and %q: EventStoreDB writes one stream at a time: %w", stream, other, errors.ErrUnsupported)
+			return fmt.Errorf("a commit of the streams %q and %q: EventStoreDB writes one stream at a time: %w", stream.String(), other.String(), errors.ErrUnsupported)
 		}
 		if t := c.Events[i].Type; strings.HasPrefix(t, "$") {
 			return fmt.Errorf("%w: the event type %q: EventStoreDB keeps types that begin with $ for itself", eventstore.ErrInvalid, t)
@@ -74,7 +74,7 @@ func supported(c eventstore.Commit) error {
 		case condition.Kind == eventstore.ConditionNoneMatch:
 			return fmt.Errorf("condition %d is about a query: EventStoreDB checks the stream that is written alone: %w", i, errors.ErrUnsupported)
 		case condition.Stream != stream:
-			return fmt.Errorf("condition %d is about the stream %q, the commit writes %q: EventStoreDB checks the stream that is written alone: %w", i, condition.Stream, stream, errors.ErrUnsupported)
+			return fmt.Errorf("condition %d is about the stream %q, the commit writes %q: EventStoreDB checks the stream that is written alone: %w", i, condition.Stream.String(), stream.String(), errors.ErrUnsupported)
 		}
 	}
 	return nil
@@ -449,7 +449,7 @@ func (s *Store) Lookup(ctx context.Context, stream eventstore.Stream, key string
 		if end := s.ended(ctx); end != nil {
 			return eventstore.Receipt{}, false, end
 		}
-		return eventstore.Receipt{}, false, fmt.Errorf("%w: %w for the writes of this process to stream %q", eventstore.ErrUnavailable, err, stream)
+		return eventstore.Receipt{}, false, fmt.Errorf("%w: %w for the writes of this process to stream %q", eventstore.ErrUnavailable, err, stream.String())
 	}
 	defer s.streams.give(k)
 	if first, used := k.keys[key]; used {

@@ -42,6 +42,12 @@ var layers = map[string][]string{
 	"eventstore/memory":   {"projection"},
 	"eventstore/sqlite":   {"projection"},
 	"eventstore/postgres": {"projection"},
+	"eventstore/esdb":     {"internal/...", "eventstore/esdb/internal/..."},
+
+	// What stands between the adapter and the client knows nothing of deed.
+	"eventstore/esdb/internal/driver":       {},
+	"eventstore/esdb/internal/supervisor":   {},
+	"eventstore/esdb/internal/eventstoredb": {"eventstore/esdb/internal/driver", "eventstore/esdb/internal/supervisor"},
 
 	// The conformance suites know no backend but the oracle.
 	"eventstore/storetest": {"eventstore/memory"},
