@@ -64,7 +64,6 @@ func (db *database) write(stream, eventType string, e *driver.Event) *driver.Rec
 	r := driver.Recorded{ID: uuid.New(), Stream: stream, Revision: uint64(len(s.events)), Position: driver.Position{Commit: place, Prepare: place}, Type: eventType}
 	if e != nil {
 		r.ID, r.JSON, r.Data, r.Metadata = e.ID, e.JSON, e.Data, e.Metadata
-		place += uint64(len(e.Data))
 	}
 	s.events = append(s.events, len(db.all))
 	db.all = append(db.all, r)
@@ -394,11 +393,4 @@ func (c *client) Metadata(context.Context, string) ([]byte, error) { return nil,
 
 func (c *client) SetMetadata(context.Context, string, driver.Expected, []byte) error {
 	return errors.ErrUnsupported
-}
-
-// truncate hides the first events of the stream, as $tb does.
-func (db *database) truncate(stream string, before int) {
-	db.mu.Lock()
-	defer db.mu.Unlock()
-	db.streams[stream].hidden = before
 }
