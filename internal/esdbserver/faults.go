@@ -76,8 +76,9 @@ func (s *Server) Delay(d time.Duration) {
 	s.faults.delay = d
 }
 
-// FollowLeader makes the server refuse writes, as one that follows the leader at
-// host:port and does not forward. An empty host makes it the leader again.
+// FollowLeader makes the server refuse writes, and reads that ask for the leader,
+// as one that follows the leader at host:port and does not forward. An empty host
+// makes it the leader again.
 func (s *Server) FollowLeader(host string, port int) {
 	s.faults.mu.Lock()
 	defer s.faults.mu.Unlock()
@@ -115,7 +116,8 @@ func (s *Server) FallBehind() {
 
 // Intercept calls f before anything else is done for a call, with the full name
 // of its method, for example /event_store.client.streams.Streams/Append; what it
-// returns is the answer unless it is nil. It may block. A nil f ends it.
+// returns is the answer unless it is nil. It may block as long as ctx lives. A nil
+// f ends it.
 func (s *Server) Intercept(f func(ctx context.Context, method string) error) {
 	s.faults.mu.Lock()
 	defer s.faults.mu.Unlock()

@@ -51,7 +51,7 @@ func both(t *testing.T, f func(t *kit), options ...esdbserver.Option) {
 	})
 }
 
-func newMemory(t *testing.T) eventstore.Store {
+func newMemory(t testing.TB) eventstore.Store {
 	store := memory.New()
 	t.Cleanup(func() { _ = store.Close() })
 	return store

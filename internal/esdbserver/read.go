@@ -12,6 +12,7 @@ import (
 	"github.com/EventStore/EventStore-Client-Go/v4/protos/streams"
 	"github.com/google/uuid"
 	"google.golang.org/grpc/codes"
+	grpcmetadata "google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
 
@@ -32,6 +33,11 @@ type reading struct {
 
 // Read reads or follows a stream or $all.
 func (s *streamsService) Read(request *streams.ReadReq, call streams.Streams_ReadServer) error {
+	if wants := grpcmetadata.ValueFromIncomingContext(call.Context(), "requires-leader"); len(wants) > 0 && strings.EqualFold(wants[0], "true") {
+		if err := s.leads(call.Context()); err != nil {
+			return err
+		}
+	}
 	o := request.GetOptions()
 	r := &reading{
 		node: s.node, log: s.node.log, call: call, ctx: call.Context(), resolve: o.GetResolveLinks(),

@@ -127,27 +127,28 @@ func TestPoint32_LinksAreResolved(t *testing.T) {
 	both(t, func(t *kit) {
 		t.append("a@b", esdb.Any{}, 1, events(2)...)
 		t.append("gone", esdb.Any{}, 0, event(`{}`))
-		t.append("links", esdb.Any{}, 4, link(1, "a@b"), link(0, "gone"), link(9, "a@b"), link(0, "none"), event(`{}`))
+		t.setMetadata("a@b", esdb.Any{}, `{"$tb":1}`)
+		t.append("links", esdb.Any{}, 5, link(1, "a@b"), link(0, "gone"), link(9, "a@b"), link(0, "none"), link(0, "a@b"), event(`{}`))
 		t.tombstone("gone", esdb.Any{})
 		check := func(all []*esdb.ResolvedEvent) {
-			require.Len(t, all, 5)
+			require.Len(t, all, 6)
 			require.Equal(t, "links", all[0].Link.StreamID)
 			require.Equal(t, "$>", all[0].Link.EventType)
 			require.Equal(t, "a@b", all[0].Event.StreamID)
 			require.Equal(t, uint64(1), all[0].Event.EventNumber)
-			for i := 1; i < 4; i++ {
+			for i := 1; i < 5; i++ {
 				require.Equal(t, uint64(i), all[i].Link.EventNumber)
 				require.Nil(t, all[i].Event)
 			}
-			require.Nil(t, all[4].Link)
-			require.Equal(t, "links", all[4].Event.StreamID)
+			require.Nil(t, all[5].Link)
+			require.Equal(t, "links", all[5].Event.StreamID)
 		}
 		all, err := t.read("links", esdb.ReadStreamOptions{ResolveLinkTos: true}, most)
 		require.NoError(t, err)
 		check(all)
 		s := t.follow("links", esdb.SubscribeToStreamOptions{From: esdb.Start{}, ResolveLinkTos: true})
 		all = nil
-		for range 5 {
+		for range 6 {
 			all = append(all, t.next(s))
 		}
 		check(all)
@@ -206,8 +207,13 @@ func TestPoint35_ASoftDeletedStreamGoesOn(t *testing.T) {
 
 func TestPoint36_NoStreamHoldsOnceAfterTheDelete(t *testing.T) {
 	both(t, func(t *kit) {
-		t.append("a", esdb.NoStream{}, 1, events(2)...)
+		first := events(2)
+		t.append("a", esdb.NoStream{}, 1, first...)
 		t.delete("a", esdb.Any{})
+		t.append("a", esdb.NoStream{}, 1, first...) // a repeat writes nothing, and recreates nothing
+		t.refused(esdb.ErrorCodeWrongExpectedVersion, "a", esdb.NoStream{}, first[0], event(`{}`))
+		_, err := t.read("a", forward, most)
+		t.isError(esdb.ErrorCodeResourceNotFound, err)
 		t.append("a", esdb.NoStream{}, 2, event(`{}`))
 		t.refused(esdb.ErrorCodeWrongExpectedVersion, "a", esdb.NoStream{}, event(`{}`))
 		require.Equal(t, []uint64{2}, t.revisions("a", forward, most))

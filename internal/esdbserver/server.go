@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"strconv"
+	"os"
 	"sync"
 	"time"
 
@@ -49,8 +49,8 @@ func Address(hostPort string) Option { return func(s *settings) { s.address = ho
 func MaxAppendBytes(n int) Option { return func(s *settings) { s.maxAppend = n } }
 
 // RecentWrites replaces [DefaultRecentWrites]. A real server has a memory of a
-// limited size too, and forgets it when it restarts: 0 remembers nothing, so
-// that an append that expects any revision is never known as a repeat.
+// limited size too: with 0 an append that expects any revision is never known
+// as a repeat.
 func RecentWrites(n int) Option { return func(s *settings) { s.recentWrites = n } }
 
 // Clock replaces time.Now, which dates events and judges $maxAge.
@@ -65,8 +65,8 @@ type Server struct {
 	mu      sync.Mutex // guards what follows, and orders Up, Down and Close
 	running *node
 	closed  bool
-	host    string
-	port    int
+	// reserved keeps the port while the server is down.
+	reserved *os.File
 }
 
 // node is a server from one start to the next stop, as a process would be.
@@ -122,18 +122,16 @@ func (s *Server) Up() error {
 		return fmt.Errorf("start the EventStoreDB server: %w", err)
 	}
 	s.address = socket.Addr().String()
-	host, port, err := net.SplitHostPort(s.address)
-	if err != nil {
-		stop()
-		_ = socket.Close()
-		return fmt.Errorf("start the EventStoreDB server: %w", err)
+	if s.reserved != nil {
+		_ = s.reserved.Close()
+		s.reserved = nil
 	}
-	s.host = host
-	s.port, _ = strconv.Atoi(port)
 	n := &node{server: s, log: l, listener: newListener(socket, &s.faults), writes: make(chan *write), ctx: ctx, stop: stop}
 	n.grpc = grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxMessageBytes),
 		grpc.MaxSendMsgSize(maxMessageBytes),
+		grpc.WaitForHandlers(true),
+		// Clients ping every ten seconds, also when nothing is going on.
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: time.Second, PermitWithoutStream: true}),
 		grpc.UnaryInterceptor(s.unary),
 		grpc.StreamInterceptor(s.stream),
@@ -164,7 +162,9 @@ func (s *Server) down() {
 	}
 	s.running = nil
 	n.stop()
+	address := n.listener.Addr()
 	_ = n.listener.Close()
+	s.reserved = reserve(address)
 	n.listener.drop()
 	n.grpc.Stop()
 	n.done.Wait()
@@ -182,6 +182,10 @@ func (s *Server) Close() error {
 	defer s.mu.Unlock()
 	s.down()
 	s.closed = true
+	if s.reserved != nil {
+		_ = s.reserved.Close()
+		s.reserved = nil
+	}
 	return nil
 }
 

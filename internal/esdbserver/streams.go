@@ -114,7 +114,7 @@ func (s *streamsService) Append(call streams.Streams_AppendServer) error {
 	return call.SendAndClose(&streams.AppendResp{Result: &streams.AppendResp_Success_{Success: success}})
 }
 
-// leads refuses writes while another node is the leader.
+// leads refuses what is for the leader while another node is it.
 func (s *streamsService) leads(ctx context.Context) error {
 	if leader := s.node.server.faults.following(); leader != nil {
 		return refuseNotLeader(ctx, leader.host, leader.port)

@@ -54,7 +54,7 @@ function take(subscription, n) {
     subscription.on("error", reject);
     subscription.on("data", (resolved) => {
       events.push(resolved);
-      if (events.length === n) resolve(events);
+      if (events.length === n) resolve(events.slice());
     });
   });
 }
