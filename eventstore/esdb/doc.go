@@ -44,6 +44,11 @@
 // of the old TCP protocol) has no position of its own and is refused with
 // eventstore.ErrGap.
 //
+// The server can begin to read only at positions that it gave. After another
+// one, one number before an event's for example, reading begins at the nearest
+// that this process has seen, or at the very beginning: it is right, but may take
+// long.
+//
 // Several logs can live in one database if they are given names with [Prefix].
 // The id of a log stands in a stream of its own, deed:log or deed:log:name,
 // written when it is first opened.

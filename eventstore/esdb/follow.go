@@ -92,6 +92,10 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 					return nil
 				}
 				resume = driver.AllFrom{Position: *m.Checkpoint}
+				if m.Checkpoint.Commit != m.Checkpoint.Prepare {
+					done = tell.at // good for going on here, but one number would not name it
+					return nil
+				}
 			case m.CaughtUp:
 				if err := fn(news{caughtUp: true}); err != nil {
 					return fatal{err}
