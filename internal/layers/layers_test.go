@@ -43,9 +43,16 @@ var layers = map[string][]string{
 	"eventstore/sqlite":   {"projection"},
 	"eventstore/postgres": {"projection"},
 	"eventstore/nats":     {"internal/..."},
+	"eventstore/esdb":     {"internal/...", "eventstore/esdb/internal/..."},
+
+	// What stands between the adapter and the client knows nothing of deed.
+	"eventstore/esdb/internal/driver":       {},
+	"eventstore/esdb/internal/supervisor":   {},
+	"eventstore/esdb/internal/eventstoredb": {"eventstore/esdb/internal/driver", "eventstore/esdb/internal/supervisor"},
 
 	// The conformance suites know no backend but the oracle.
 	"eventstore/storetest": {"eventstore/memory"},
+	"internal/matrix":      {"eventstore/storetest"},
 	"projection/statetest": {"eventstore/memory"},
 
 	// Test kits run the real engine on the memory store.
@@ -53,8 +60,8 @@ var layers = map[string][]string{
 	"projection/projectiontest": {"query", "eventstore/memory"},
 	"saga/sagatest":             {"saga", "query", "eventstore/memory"},
 
-	"cmd/...":      {".", "eventstore/memory", "eventstore/sqlite", "eventstore/postgres"},
-	"examples/...": {".", "eventstore/memory", "eventstore/sqlite", "eventstore/postgres"},
+	"cmd/...":      {".", "eventstore/memory", "eventstore/sqlite", "eventstore/postgres", "eventstore/nats", "eventstore/esdb"},
+	"examples/...": {".", "eventstore/memory", "eventstore/sqlite", "eventstore/postgres", "eventstore/nats", "eventstore/esdb"},
 }
 
 // testOnly are libraries that must not become part of what users build; the

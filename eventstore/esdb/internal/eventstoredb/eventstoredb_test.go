@@ -1,0 +1,180 @@
+package eventstoredb
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/EventStore/EventStore-Client-Go/v4/esdb"
+	"github.com/google/uuid"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/deed-go/deed/eventstore/esdb/internal/driver"
+	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/internal/esdbserver"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+func server(t *testing.T) *esdbserver.Server {
+	t.Helper()
+	log := memory.New()
+	s, err := esdbserver.Start(log)
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		require.NoError(t, s.Close())
+		require.NoError(t, log.Close())
+	})
+	return s
+}
+
+// While many calls are made the server goes down and comes back, again and
+// again. No call is left hanging in a client: every old client is closed, which
+// happens only when its last call has returned.
+func TestDriver_NoCallHangsInAClient(t *testing.T) {
+	t.Parallel()
+	s := server(t)
+	d, err := New(s.URL(), nil)
+	require.NoError(t, err)
+	stop := make(chan struct{})
+	var group sync.WaitGroup
+	for i := range 40 {
+		group.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+				if i%2 == 0 {
+					_, _ = d.Append(ctx, fmt.Sprint("s", i), driver.Any, []driver.Event{{ID: uuid.New(), Type: "e"}})
+				} else if r, err := d.ReadAll(ctx, driver.AllFrom{Start: true}, false, 1); err == nil {
+					_, _ = r.Next(ctx)
+					r.Close()
+				}
+				cancel()
+			}
+		})
+	}
+	for range 6 {
+		before := d.Generations()
+		s.Down()
+		require.Eventually(t, func() bool { return d.Generations() > before }, time.Minute, time.Millisecond, "nobody noticed")
+		require.NoError(t, s.Up())
+		require.Eventually(t, func() bool {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			_, err := d.Append(ctx, "probe", driver.Any, []driver.Event{{ID: uuid.New(), Type: "e"}})
+			return err == nil
+		}, time.Minute, time.Millisecond)
+	}
+	close(stop)
+	group.Wait()
+	require.Eventually(t, func() bool { return d.pool.Old() <= 1 }, 20*time.Second, time.Millisecond, "a call hangs in a client that is not used any more")
+	require.NoError(t, d.Close())
+}
+
+// What the client says is told apart as the notes list it.
+func TestClassify(t *testing.T) {
+	t.Parallel()
+	wrapped := func(c codes.Code, text string) error { return fmt.Errorf("could not: %w", status.Error(c, text)) }
+	for name, c := range map[string]struct {
+		err  error
+		want driver.Kind
+	}{
+		"wrong version as a status": {wrapped(codes.FailedPrecondition, "Append failed due to WrongExpectedVersion. Stream: s, Expected version: 7, Actual version: 0"), driver.WrongVersion},
+		"tombstoned":                {wrapped(codes.FailedPrecondition, "Event stream 's' is deleted."), driver.Deleted},
+		"too large":                 {wrapped(codes.InvalidArgument, "Maximum Append Size of 1048576 Exceeded."), driver.TooLarge},
+		"no reason":                 {fmt.Errorf("could not send: %w", io.EOF), driver.Rejected},
+		"cancelled":                 {wrapped(codes.Canceled, "context canceled"), driver.Ended},
+		"late":                      {wrapped(codes.DeadlineExceeded, ""), driver.Timeout},
+		"gone":                      {status.Error(codes.Unavailable, ""), driver.Unavailable},
+		"slow consumer":             {status.Error(codes.Aborted, ""), driver.Aborted},
+		"no rights":                 {wrapped(codes.PermissionDenied, ""), driver.Denied},
+		"broken stream":             {status.Error(codes.Internal, "stream terminated by RST_STREAM with error code: INTERNAL_ERROR"), driver.Aborted},
+		"anything":                  {errors.New("?"), driver.Unknown},
+	} {
+		got := classify(c.err)
+		require.Equal(t, c.want, driver.KindOf(got), name)
+		require.ErrorIs(t, got, c.err, name)
+	}
+	require.NoError(t, classify(nil))
+}
+
+// Cancellation is recognisable, with its cause, and says whether anything was
+// sent.
+func TestDriver_CancellationIsRecognisable(t *testing.T) {
+	t.Parallel()
+	s := server(t)
+	d, err := New(s.URL(), nil)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, d.Close()) }()
+	why := errors.New("the caller has gone")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	_, err = d.Append(ctx, "s", driver.Any, []driver.Event{{ID: uuid.New(), Type: "e"}})
+	require.ErrorIs(t, err, why)
+	require.Equal(t, driver.Ended, driver.KindOf(err))
+	require.True(t, driver.Unsent(err))
+
+	hung := make(chan struct{})
+	s.Intercept(func(ctx context.Context, _ string) error {
+		close(hung)
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	ctx, cancel = context.WithCancelCause(t.Context())
+	go func() {
+		<-hung
+		cancel(why)
+	}()
+	// The search for a server hangs: nothing is sent yet.
+	_, err = d.Append(ctx, "s", driver.Any, []driver.Event{{ID: uuid.New(), Type: "e"}})
+	require.ErrorIs(t, err, why)
+	require.True(t, driver.Unsent(err))
+	s.Intercept(nil)
+}
+
+// The client is pinned; what this driver needs of its insides is checked here.
+func TestClientsInsides(t *testing.T) {
+	t.Parallel()
+	s := server(t)
+	config, err := esdb.ParseConnectionString(s.URL())
+	require.NoError(t, err)
+	config.MaxDiscoverAttempts, config.DiscoveryInterval = 1, 1
+	reported := make(chan error, 10)
+	config.Logger = func(_ esdb.LogLevel, format string, args ...any) {
+		for _, arg := range args {
+			if err, ok := arg.(error); ok && format == "unexpected exception: %v" {
+				reported <- err
+			}
+		}
+	}
+	client, err := esdb.NewClient(config)
+	require.NoError(t, err)
+	_, err = client.GetServerVersion()
+	require.NoError(t, err)
+	passed := 0
+	ctx := passing{t.Context(), func() { passed++ }}
+	_, err = client.AppendToStream(ctx, "s", esdb.AppendToStreamOptions{}, esdb.EventData{EventType: "e"})
+	require.NoError(t, err)
+	require.Positive(t, passed, "the client asks for the deadline once it has a connection")
+	s.Down()
+	_, err = client.AppendToStream(t.Context(), "s", esdb.AppendToStreamOptions{}, esdb.EventData{EventType: "e"})
+	require.Error(t, err)
+	select {
+	case err := <-reported:
+		require.Equal(t, codes.Unavailable, status.Code(err), "the client reports the loss of its server before it looks for another")
+	default:
+		require.Fail(t, "the client did not report that its server has gone before the call returned")
+	}
+	require.NoError(t, client.Close())
+}

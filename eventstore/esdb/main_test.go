@@ -1,0 +1,46 @@
+package esdb
+
+import (
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/esdb/internal/driver"
+	"github.com/deed-go/deed/eventstore/storetest"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// features are what the backend declares, over any server.
+func features() storetest.Features {
+	limits := eventstore.DefaultLimits()
+	limits.EventBytes = 1 << 20 / 16 * 15
+	return storetest.Features{
+		Forward: storetest.EveryQuery, Backward: storetest.EveryQuery, Subscribe: storetest.EveryQuery,
+		KeyScope: storetest.KeysInStream, LogID: true, Reopen: true, Limits: limits,
+	}
+}
+
+// A tail of one event makes every subscriber read from the server; one that
+// never says that a subscription has caught up must do as well.
+func TestStore_WithoutTail(t *testing.T) {
+	storetest.Run(t, func(t testing.TB) storetest.Opener {
+		db := newDatabase()
+		db.silent = true
+		return func() (storetest.Store, error) { return Open(t.Context(), "", withDriver(db.client()), Tail(1, 1)) }
+	}, features())
+}
+
+// withDriver opens a store over a driver of the test's own.
+func withDriver(d driver.Driver) Option {
+	return func(s *settings) error { s.driver = d; return nil }
+}
+
+// The adapter alone, over a database in memory without a server between.
+func TestStore_Adapter(t *testing.T) {
+	storetest.Run(t, func(t testing.TB) storetest.Opener {
+		db := newDatabase()
+		return func() (storetest.Store, error) { return Open(t.Context(), "", withDriver(db.client())) }
+	}, features())
+}
