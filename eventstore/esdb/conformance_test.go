@@ -15,21 +15,14 @@ import (
 	"github.com/deed-go/deed/eventstore/sqlite"
 	"github.com/deed-go/deed/eventstore/storetest"
 	"github.com/deed-go/deed/internal/esdbserver"
+	"github.com/deed-go/deed/internal/matrix"
 )
 
 // realServer names a server to run the suite against, instead of one in the
 // process. Each test has a log of its own there, by its prefix.
 const realServer = "DEED_TEST_ESDB_URL"
 
-// features are what the backend declares, over any server.
-func features() storetest.Features {
-	limits := eventstore.DefaultLimits()
-	limits.EventBytes = 1 << 20 / 16 * 15
-	return storetest.Features{
-		Forward: storetest.EveryQuery, Backward: storetest.EveryQuery, Subscribe: storetest.EveryQuery,
-		KeyScope: storetest.KeysInStream, LogID: true, Reopen: true, Limits: limits,
-	}
-}
+func features() storetest.Features { return matrix.Of("esdb") }
 
 // server starts a server over the store and returns it.
 func server(t testing.TB, over eventstore.Store, options ...esdbserver.Option) *esdbserver.Server {

@@ -5,22 +5,14 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/esdb/internal/driver"
 	"github.com/deed-go/deed/eventstore/storetest"
+	"github.com/deed-go/deed/internal/matrix"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// features are what the backend declares, over any server.
-func features() storetest.Features {
-	limits := eventstore.DefaultLimits()
-	limits.EventBytes = 1 << 20 / 16 * 15
-	return storetest.Features{
-		Forward: storetest.EveryQuery, Backward: storetest.EveryQuery, Subscribe: storetest.EveryQuery,
-		KeyScope: storetest.KeysInStream, LogID: true, Reopen: true, Limits: limits,
-	}
-}
+func features() storetest.Features { return matrix.Of("esdb") }
 
 // A tail of one event makes every subscriber read from the server; one that
 // never says that a subscription has caught up must do as well.

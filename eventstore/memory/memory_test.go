@@ -7,6 +7,7 @@ import (
 
 	"github.com/deed-go/deed/eventstore/memory"
 	"github.com/deed-go/deed/eventstore/storetest"
+	"github.com/deed-go/deed/internal/matrix"
 	"github.com/deed-go/deed/projection/statetest"
 )
 
@@ -16,11 +17,7 @@ func harness(testing.TB) storetest.Opener {
 	return func() (storetest.Store, error) { return memory.New(), nil }
 }
 
-func TestStore(t *testing.T) {
-	features := storetest.Full()
-	features.Reopen = false
-	storetest.Run(t, harness, features)
-}
+func TestStore(t *testing.T) { storetest.Run(t, harness, matrix.Of("memory")) }
 
 func BenchmarkStore(b *testing.B) { storetest.Benchmark(b, harness) }
 

@@ -10,17 +10,11 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore/storetest"
+	"github.com/deed-go/deed/internal/matrix"
 	"github.com/deed-go/deed/internal/natsserver"
 )
 
-// features is everything but conditions over queries, and keys that are unique
-// in the whole log. Positions have gaps where a commit has conditions on streams
-// that it does not write.
-func features() storetest.Features {
-	f := storetest.Full()
-	f.NoneMatch, f.Contiguous, f.KeyScope, f.Bubble = 0, false, storetest.KeysInStream, false
-	return f
-}
+func features() storetest.Features { return matrix.Of("nats") }
 
 var streams atomic.Int64
 

@@ -88,7 +88,7 @@ func (s subjects) encode(e *eventstore.Event) (*client.Msg, error) {
 	}
 	data := e.Data
 	if !e.Metadata.IsZero() {
-		metadata, err := e.Metadata.MarshalJSON()
+		metadata, err := e.Metadata.AppendJSON(nil)
 		if err != nil {
 			return nil, fmt.Errorf("%w: event %q: its metadata does not encode: %w", eventstore.ErrInvalid, e.Type, err)
 		}

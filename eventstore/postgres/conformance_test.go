@@ -4,17 +4,12 @@ import (
 	"testing"
 
 	"github.com/deed-go/deed/eventstore/storetest"
+	"github.com/deed-go/deed/internal/matrix"
 	"github.com/deed-go/deed/internal/pgtest"
 	"github.com/deed-go/deed/projection/statetest"
 )
 
-// features are all but one: a store that talks to a server waits for it, not
-// by channels alone.
-func features() storetest.Features {
-	f := storetest.Full()
-	f.Bubble = false
-	return f
-}
+func features() storetest.Features { return matrix.Of("postgres") }
 
 func harness(options ...Option) storetest.Harness {
 	return func(t testing.TB) storetest.Opener {

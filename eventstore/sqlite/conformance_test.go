@@ -6,16 +6,17 @@ import (
 
 	"github.com/deed-go/deed/eventstore/sqlite"
 	"github.com/deed-go/deed/eventstore/storetest"
+	"github.com/deed-go/deed/internal/matrix"
 	"github.com/deed-go/deed/projection/statetest"
 )
 
 func TestStore(t *testing.T) {
-	storetest.Run(t, harness(), storetest.Full())
+	storetest.Run(t, harness(), matrix.Of("sqlite"))
 }
 
 // A tail of one event makes every subscriber read from the file.
 func TestStore_WithoutTail(t *testing.T) {
-	storetest.Run(t, harness(sqlite.Tail(1, 1)), storetest.Full())
+	storetest.Run(t, harness(sqlite.Tail(1, 1)), matrix.Of("sqlite"))
 }
 
 func TestState(t *testing.T) {

@@ -8,9 +8,14 @@
 //	go run ./examples/fines
 //	go run ./examples/fines -input fines.csv.gz -db fines.db -chart fines.svg
 //
-// The same program runs on PostgreSQL, with the same report:
+// The same program runs on other engines, with the same report: on PostgreSQL,
+// on NATS JetStream (-store nats: runs a server in this process), on
+// EventStoreDB. The last two keep events only; -db then says where the read
+// models are kept.
 //
 //	go run ./examples/fines -store postgres://user:secret@localhost/shop
+//	go run ./examples/fines -store nats:
+//	go run ./examples/fines -store esdb://localhost:2113?tls=false -db views.db
 //
 // Interrupted or killed and started again with the same -store or -db, it
 // continues and ends with the same report.
@@ -36,9 +41,7 @@ import (
 
 	"github.com/mattn/go-isatty"
 
-	"github.com/deed-go/deed/eventstore"
-	"github.com/deed-go/deed/eventstore/postgres"
-	"github.com/deed-go/deed/eventstore/sqlite"
+	"github.com/deed-go/deed/examples/internal/engine"
 )
 
 func main() {
@@ -59,8 +62,8 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("fines", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.StringVar(&o.input, "input", "", "the log to replay: a `FILE` .csv or .csv.gz (default: the sample that comes with the program)")
-	flags.StringVar(&o.store, "store", "", "a PostgreSQL `URL` to keep everything in, postgres://…, instead of a file")
-	flags.StringVar(&o.db, "db", "", "the database `FILE`; an interrupted replay is continued (default: a temporary file)")
+	flags.StringVar(&o.store, "store", "", "the `ENGINE` to run on, instead of a file: "+engine.Usage)
+	flags.StringVar(&o.db, "db", "", "the database `FILE`; an interrupted replay is continued (default: a temporary file); with NATS and EventStoreDB, where read models are kept (default: in memory)")
 	flags.BoolVar(&o.json, "json", false, "print the report as JSON")
 	flags.StringVar(&o.chart, "chart", "", "draw issued, paid and outstanding by month as an SVG `FILE`")
 	flags.StringVar(&o.profile, "cpuprofile", "", "write a CPU profile to `FILE`")
@@ -78,8 +81,8 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "fines: unexpected argument %q: see -help\n", flags.Arg(0))
 		return 2
 	}
-	if o.store != "" && (o.db != "" || !isPostgres(o.store)) {
-		fmt.Fprintf(stderr, "fines: -store %q: give a URL that begins with postgres://, and not -db as well\n", o.store)
+	if o.store != "" && o.db != "" && !strings.HasPrefix(o.store, "nats:") && !strings.HasPrefix(o.store, "esdb") {
+		fmt.Fprintf(stderr, "fines: -store %q keeps everything: leave out -db\n", o.store)
 		return 2
 	}
 	err := run(ctx, o, stdout, stderr)
@@ -113,13 +116,11 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 	defer log.Close()
 
 	working := context.WithoutCancel(ctx) // ctx asks to stop reading, not to drop what is in hand
-	var store closingStore
-	again := "-store " + o.store
-	if o.store != "" {
-		if store, err = postgres.Open(working, o.store); err != nil {
-			return err
-		}
-	} else {
+	name, again := o.store, "-store "+o.store
+	if o.store != "" && o.db != "" {
+		again += " -db " + o.db
+	}
+	if o.store == "" {
 		db := o.db
 		if db == "" {
 			var dir string
@@ -133,13 +134,14 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 				}
 			}()
 		}
-		again = "-db " + db
-		if store, err = sqlite.Open(working, db); err != nil {
-			return err
-		}
+		name, again = "sqlite:"+db, "-db "+db
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
-	app, err := start(working, store)
+	on, err := engine.Open(working, name, o.db)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, on.Close()) }()
+	app, err := start(working, on.Store, on.Parts...)
 	if err != nil {
 		return err
 	}
@@ -173,24 +175,11 @@ func run(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
 		return err
 	}
 	result.ElapsedSeconds = time.Since(began).Seconds()
-	result.Store = "sqlite"
-	if o.store != "" {
-		result.Store = "postgres"
-	}
+	result.Store = on.Name
 	if o.json {
 		return result.WriteJSON(stdout)
 	}
 	return result.WriteText(stdout)
-}
-
-// closingStore is what the backends' stores have in common.
-type closingStore interface {
-	eventstore.Store
-	io.Closer
-}
-
-func isPostgres(url string) bool {
-	return strings.HasPrefix(url, "postgres://") || strings.HasPrefix(url, "postgresql://")
 }
 
 func isTerminal(w io.Writer) bool {

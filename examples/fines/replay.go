@@ -23,7 +23,7 @@ const inFlight = 1024
 
 // start opens the application on a store. Its clock goes on where the store's
 // last event left it; that of a new store begins before every log.
-func start(ctx context.Context, store eventstore.Store) (*deed.App, error) {
+func start(ctx context.Context, store eventstore.Store, parts ...deed.Part) (*deed.App, error) {
 	clock := time.Date(1900, time.January, 1, 0, 0, 0, 0, time.UTC)
 	for last, err := range store.Read(ctx, eventstore.All(), eventstore.ReadOptions{Backward: true, Limit: 1}) {
 		if err != nil {
@@ -31,7 +31,8 @@ func start(ctx context.Context, store eventstore.Store) (*deed.App, error) {
 		}
 		clock = last.Time
 	}
-	return deed.Start(ctx, eventstore.Opened(store), fines, replays, penalties, status, months, activities, refusals, deed.ManualClock(clock))
+	parts = append(parts, fines, replays, penalties, status, months, activities, refusals, deed.ManualClock(clock))
+	return deed.Start(ctx, eventstore.Opened(store), parts...)
 }
 
 // replay executes the rows of a log that have not been judged yet, date by

@@ -32,7 +32,8 @@ import (
 	"time"
 
 	"github.com/deed-go/deed"
-	"github.com/deed-go/deed/eventstore/sqlite"
+	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/examples/internal/engine"
 )
 
 func main() {
@@ -50,6 +51,7 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 	flags.SetOutput(stderr)
 	dir := flags.String("dir", "", "the `FOLDER` for the database and the mailbox (default: a temporary one)")
 	order := flags.String("order", "order-1", "the `ID` of the order to place")
+	store := flags.String("store", "", "the `ENGINE` to run on, instead of a file in the folder: "+engine.Usage)
 	crash := flags.String("crash", "", "kill the process `WHEN` the mail is to be sent: before, or after the server has accepted it")
 	if err := flags.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
@@ -81,7 +83,15 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 	case "after":
 		mailer.After = dieHard
 	}
-	app, err := deed.Start(ctx, sqlite.File(filepath.Join(*dir, "shop.db")), orders, welcome(mailer))
+	if *store == "" {
+		*store = "sqlite:" + filepath.Join(*dir, "shop.db")
+	}
+	on, err := engine.Open(ctx, *store, filepath.Join(*dir, "state.db"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, on.Close()) }()
+	app, err := deed.Start(ctx, eventstore.Opened(on.Store), append(on.Parts, orders, welcome(mailer))...)
 	if err != nil {
 		return err
 	}

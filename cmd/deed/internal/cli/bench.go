@@ -21,6 +21,7 @@ import (
 // benchCommand measures; each workload is a command below it.
 type benchCommand struct {
 	storeFlag
+	stateFlag
 	JSON bool `help:"Print the result as JSON."`
 
 	Append    workload.Append    `cmd:"" help:"Conditional appends: each writer expects its stream where it left it."`
@@ -37,7 +38,9 @@ type benchCommand struct {
 func (c *benchCommand) Help() string {
 	return `Each run writes to streams of its own, in categories that begin with "bench_", and its events stay: use a database that you can throw away. It is made if it does not exist.
 
-A run warms up, measures, and then looks whether what was acknowledged is there. Interrupt it to end it early; what was measured is printed. An operation that conflicts is counted as a conflict and not as an operation. If anything failed, the exit code is 1.`
+A run warms up, measures, and then looks whether what was acknowledged is there. Interrupt it to end it early; what was measured is printed. An operation that conflicts is counted as a conflict and not as an operation. If anything failed, the exit code is 1.
+
+Stores that keep events only (NATS, EventStoreDB) have their read models in a temporary SQLite file, unless --state says where.`
 }
 
 // Run runs the workload that was chosen.
@@ -50,7 +53,11 @@ func (c *benchCommand) Run(ctx context.Context, parsed *kong.Context, e *Environ
 		}
 		return &usageError{err: fmt.Errorf("what is to be measured is missing: choose %s", strings.Join(names, ", "))}
 	}
-	dsn, err := c.find(e)
+	dsn, err := c.storeFlag.find(e)
+	if err != nil {
+		return err
+	}
+	state, err := c.keeper(ctx, e, dsn)
 	if err != nil {
 		return err
 	}
@@ -60,7 +67,7 @@ func (c *benchCommand) Run(ctx context.Context, parsed *kong.Context, e *Environ
 	}
 	shown := newProgress(e.Stderr)
 	target := workload.Target{
-		Opener: source, Name: dsn.String(), Address: dsn.Raw(), Shared: dsn.Shared, Durability: dsn.DurabilityOf,
+		Opener: source, State: state, Name: dsn.String(), Address: dsn.Raw(), Shared: dsn.Shared, Gaps: dsn.Gaps, Durability: dsn.DurabilityOf,
 		Other: func() (*exec.Cmd, error) { return e.Self("subscriber") },
 	}
 	if shown != nil {
@@ -87,6 +94,21 @@ func (c *benchCommand) Run(ctx context.Context, parsed *kong.Context, e *Environ
 		return errReported
 	}
 	return err
+}
+
+// keeper is what keeps the read models; nil if the store does.
+func (c *benchCommand) keeper(ctx context.Context, e *Environment, store stores.DSN) (eventstore.Opener, error) {
+	if c.State != "" {
+		dsn, err := c.stateFlag.find(e)
+		if err != nil {
+			return nil, err
+		}
+		return dsn.Opener(ctx, stores.Create)
+	}
+	if !store.Stateless {
+		return nil, nil
+	}
+	return stores.Temporary(), nil
 }
 
 // showRun shows how far a run has come.

@@ -143,6 +143,23 @@ type storeFlag struct {
 	Store string `env:"DEED_STORE" placeholder:"DSN" help:"The store: ${stores}."`
 }
 
+// stateFlag is where read models are kept, for stores that cannot keep them.
+type stateFlag struct {
+	State string `env:"DEED_STATE" placeholder:"DSN" help:"Where read models, checkpoints and due times are kept, if the store cannot keep them: sqlite:FILE, postgres://USER:PASSWORD@HOST/DATABASE or memory:."`
+}
+
+// find parses the DSN.
+func (f stateFlag) find(e *Environment) (stores.DSN, error) {
+	dsn, err := e.Stores.Parse(f.State)
+	if err == nil && dsn.Stateless {
+		err = fmt.Errorf("%w: %s keeps events only", eventstore.ErrInvalid, dsn)
+	}
+	if err != nil {
+		return dsn, &usageError{err: fmt.Errorf("--state: %w", err)}
+	}
+	return dsn, nil
+}
+
 // find parses the DSN.
 func (f storeFlag) find(e *Environment) (stores.DSN, error) {
 	if f.Store == "" {

@@ -566,7 +566,7 @@ func TestProjections_NoState(t *testing.T) {
 	defer func() { require.NoError(t, inner.Close()) }()
 	o := runIn(t, t.Context(), shared(stateless{inner}), "projections", "--store", "test:")
 	require.Equal(t, exitFailure, o.code)
-	require.Contains(t, o.stderr, "keeps no state of projections")
+	require.Contains(t, o.stderr, "keeps events only: say with --state")
 }
 
 var workloads = [][]string{

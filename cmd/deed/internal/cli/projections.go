@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/deed-go/deed/cmd/deed/internal/stores"
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/projection"
 )
@@ -13,6 +14,7 @@ import (
 // projectionsCommand shows what the state keeps of projections.
 type projectionsCommand struct {
 	storeFlag
+	stateFlag
 	JSON bool `help:"Print JSON."`
 }
 
@@ -37,14 +39,29 @@ type projectionInfo struct {
 
 // Run shows the projections.
 func (c *projectionsCommand) Run(ctx context.Context, e *Environment) (err error) {
-	dsn, store, release, err := c.open(ctx, e)
+	dsn, store, release, err := c.storeFlag.open(ctx, e)
 	if err != nil {
 		return err
 	}
 	defer release(&err)
-	state, ok := eventstore.Find[projection.State](store)
+	keeper := store
+	if c.State != "" {
+		kept, err := c.stateFlag.find(e)
+		if err != nil {
+			return err
+		}
+		source, err := kept.Opener(ctx, stores.Existing)
+		if err != nil {
+			return err
+		}
+		if keeper, err = source.Open(ctx); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, stores.Close(keeper)) }()
+	}
+	state, ok := eventstore.Find[projection.State](keeper)
 	if !ok {
-		return fmt.Errorf("%s keeps no state of projections: %w", dsn, errors.ErrUnsupported)
+		return fmt.Errorf("%s keeps events only: say with --state where its read models are kept: %w", dsn, errors.ErrUnsupported)
 	}
 	log, err := eventstore.LogID(ctx, store)
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {

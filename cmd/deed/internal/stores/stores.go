@@ -10,6 +10,7 @@ import (
 	"os"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/eventstore/esdb"
 	"github.com/deed-go/deed/eventstore/memory"
 	"github.com/deed-go/deed/eventstore/postgres"
 	"github.com/deed-go/deed/eventstore/sqlite"
@@ -33,6 +34,10 @@ type Backend struct {
 	Schemes []string
 	// Example is a whole DSN, for messages.
 	Example string
+	// Stateless says that it keeps events only, and read models elsewhere.
+	Stateless bool
+	// Gaps says that positions do not count events.
+	Gaps bool
 	// Shared says that several processes may have a store open at the same time.
 	Shared bool
 	// Durability says what an acknowledged append survives. A store that has a method
@@ -79,6 +84,25 @@ func Known() Table {
 			Migrate: func(ctx context.Context, dsn string) ([]Migration, error) {
 				applied, err := postgres.Migrate(ctx, dsn)
 				return postgresMigrations(applied), err
+			},
+		},
+		{
+			Schemes:   []string{"nats"},
+			Example:   "nats://HOST:4222/?stream=NAME",
+			Stateless: true,
+			Shared:    true,
+			Open:      openNATS,
+		},
+		{
+			Schemes:   []string{"esdb", "esdb+discover"},
+			Example:   "esdb://HOST:2113?tls=false",
+			Stateless: true,
+			Gaps:      true,
+			Shared:    true,
+			// As the server is configured by default; it tells nobody.
+			Durability: "synced to disk by the server, unless it was told otherwise (UnsafeDisableFlushToDisk)",
+			Open: func(_ context.Context, dsn string, _ Mode) (eventstore.Opener, error) {
+				return esdb.URL(dsn), nil
 			},
 		},
 		{
@@ -155,7 +179,7 @@ func migrateSQLite(ctx context.Context, dsn string) ([]Migration, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := closeStore(store); err != nil {
+	if err := Close(store); err != nil {
 		return nil, err
 	}
 	all := sqliteMigrations()

@@ -108,7 +108,7 @@ func TestSQLite_InUseSaysWhatToDo(t *testing.T) {
 	require.NoError(t, err)
 	store, err := source.Open(t.Context())
 	require.NoError(t, err)
-	defer func() { require.NoError(t, closeStore(store)) }()
+	defer func() { require.NoError(t, Close(store)) }()
 
 	again, err := d.Opener(t.Context(), Existing)
 	require.NoError(t, err)

@@ -129,8 +129,8 @@ type opener func(context.Context) (eventstore.Store, error)
 // Open implements eventstore.Opener.
 func (o opener) Open(ctx context.Context) (eventstore.Store, error) { return o(ctx) }
 
-// closeStore closes what an Opener has opened.
-func closeStore(store eventstore.Store) error {
+// Close closes what an Opener has opened.
+func Close(store eventstore.Store) error {
 	if closer, ok := store.(io.Closer); ok {
 		return closer.Close()
 	}

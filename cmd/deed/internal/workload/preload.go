@@ -74,6 +74,9 @@ func (b *bench) fillUpTo(ctx context.Context, length int, tags Tagging) error {
 	if length == 0 {
 		return nil
 	}
+	if b.Gaps {
+		return b.storedEvents(ctx, length)
+	}
 	head, err := b.store.Head(ctx)
 	if err != nil {
 		return err
@@ -153,12 +156,26 @@ func (b *bench) fillBlock(ctx context.Context, k block, tags Tagging, progress *
 	return b.write(ctx, []eventstore.Event{{Stream: blocks, Type: blockType, Data: note, Metadata: metadata}})
 }
 
-// write appends; what cannot be known is asked for again under the same key.
+// write appends, in a commit for each stream where the store cannot do more. What
+// cannot be known is asked for again under the same key.
 func (b *bench) write(ctx context.Context, events []eventstore.Event) error {
 	c := eventstore.Commit{Events: events, Key: "bench_" + newID()}
 	for {
 		_, err := b.store.Append(ctx, c)
-		if !errors.Is(err, eventstore.ErrOutcomeUnknown) || ctx.Err() != nil {
+		switch {
+		case errors.Is(err, errors.ErrUnsupported) && events[0].Stream != events[len(events)-1].Stream:
+			for len(events) > 0 {
+				n := slices.IndexFunc(events, func(e eventstore.Event) bool { return e.Stream != events[0].Stream })
+				if n < 0 {
+					n = len(events)
+				}
+				if err := b.write(ctx, events[:n]); err != nil {
+					return err
+				}
+				events = events[n:]
+			}
+			return nil
+		case !errors.Is(err, eventstore.ErrOutcomeUnknown) || ctx.Err() != nil:
 			return err
 		}
 	}

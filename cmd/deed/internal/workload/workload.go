@@ -13,6 +13,7 @@ import (
 
 	"github.com/deed-go/deed"
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/projection"
 )
 
 // Workload is a kind of work, with its parameters. The fields' tags are for the
@@ -32,12 +33,17 @@ type Workload interface {
 type Target struct {
 	// Opener opens the store. It is opened once, unless a workload says otherwise.
 	Opener eventstore.Opener
+	// State opens what keeps read models and what belongs to sagas where the store
+	// cannot. Without it such a store runs no workload that needs it.
+	State eventstore.Opener
 	// Name is what results call the store: no secrets.
 	Name string
 	// Address is what another process opens the store by; it may hold secrets.
 	Address string
 	// Shared says that several processes may have the store open.
 	Shared bool
+	// Gaps says that positions do not count events.
+	Gaps bool
 	// Durability says what an append to the store survives.
 	Durability func(ctx context.Context, store eventstore.Store) (string, error)
 	// Other returns the command of another process that calls [Listen] on the same
@@ -151,6 +157,18 @@ func Run(ctx context.Context, w Workload, target Target) (_ *Result, err error) 
 		}
 	}
 	b := &bench{Target: target, store: store, id: newID(), timing: w.timing()}
+	if _, keeps := eventstore.Find[projection.State](store); !keeps && target.State != nil {
+		kept, err := target.State.Open(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("open what keeps the read models: %w", err)
+		}
+		defer func() { err = errors.Join(err, closeStore(kept)) }()
+		state, ok := eventstore.Find[projection.State](kept)
+		if !ok {
+			return nil, fmt.Errorf("%T keeps no read models: name an SQLite file, a PostgreSQL database or memory: %w", kept, errors.ErrUnsupported)
+		}
+		b.state = state
+	}
 	m, err := w.run(ctx, b)
 	if err != nil {
 		return nil, err
@@ -171,7 +189,8 @@ func Run(ctx context.Context, w Workload, target Target) (_ *Result, err error) 
 type bench struct {
 	Target
 	store  eventstore.Store
-	id     string // no other run has it
+	state  projection.State // nil: the store keeps it
+	id     string           // no other run has it
 	timing Timing
 }
 
@@ -190,12 +209,21 @@ func (b *bench) streams(category string, n int) []eventstore.Stream {
 // start runs an application on the store. What its background work has to say
 // comes back as errors of the workload.
 func (b *bench) start(ctx context.Context, parts ...deed.Part) (*deed.App, error) {
-	return deed.Start(ctx, eventstore.Opened(b.store), append(parts, deed.Logger(slog.New(slog.DiscardHandler)))...)
+	return deed.Start(ctx, eventstore.Opened(b.store), b.with(parts)...)
+}
+
+// with adds what every application of a run has.
+func (b *bench) with(parts []deed.Part) []deed.Part {
+	parts = append(parts, deed.Logger(slog.New(slog.DiscardHandler)))
+	if b.state != nil {
+		parts = append(parts, deed.State(b.state))
+	}
+	return parts
 }
 
 // prepare is start without the background work.
 func (b *bench) prepare(ctx context.Context, parts ...deed.Part) (*deed.App, error) {
-	return deed.New(ctx, eventstore.Opened(b.store), append(parts, deed.Logger(slog.New(slog.DiscardHandler)))...)
+	return deed.New(ctx, eventstore.Opened(b.store), b.with(parts)...)
 }
 
 // stop stops an application, also after ctx has ended.
