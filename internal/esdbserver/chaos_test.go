@@ -34,10 +34,11 @@ func TestChaos(t *testing.T) {
 
 	writers, each := 4, 100
 	if os.Getenv("DEED_TEST_LONG") != "" {
-		writers, each = 16, 1000
+		writers, each = 16, 200
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
+	k.ctx = ctx
 	connect := func() *esdb.Client {
 		settings, err := esdb.ParseConnectionString(k.server.URL() + "&discoveryInterval=10&maxDiscoverAttempts=3")
 		require.NoError(t, err)
