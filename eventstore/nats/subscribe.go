@@ -288,7 +288,7 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 			fail(err)
 			return
 		}
-		for first := true; ; {
+		for first := begun >= after; ; { // not when after lies beyond the end
 			if err := ctx.Err(); err != nil {
 				fail(err)
 				return
