@@ -436,6 +436,11 @@ func TestPoint56_DroppedAgainAndAgain(t *testing.T) {
 		require.Equal(t, uint64(i+1), e.Version)
 	}
 	require.Len(t, got, len(all(t, s, eventstore.OneStream(ann))))
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	again := db.subscribed[len(db.subscribed)-1]
+	require.False(t, again.Start, "what was handled is not asked for again")
+	require.Greater(t, again.Position.Commit, uint64(got[len(got)/2].Position))
 }
 
 // The store's memory of streams is bounded and never needed.

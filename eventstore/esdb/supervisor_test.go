@@ -249,6 +249,29 @@ func TestPoint22_UnknownOutcomes(t *testing.T) {
 	}
 }
 
+// The one write that the server does not recognise when it is repeated is the
+// first one after a deletion: its ids are found where it stands.
+func TestPoint36_UnknownOutcomeAfterADeletion(t *testing.T) {
+	t.Parallel()
+	server := ours(t)
+	store := open(t, server.URL())
+	_, err := store.Append(t.Context(), happened(3))
+	require.NoError(t, err)
+	_, err = connect(t, server.URL()).Delete(t.Context(), ann.String(), 2)
+	require.NoError(t, err)
+	server.CutAppends(esdbserver.AfterWritten, 1)
+	c := happened(2)
+	c.Conditions = []eventstore.Condition{eventstore.StreamAt(ann, eventstore.Revision{})}
+	r, err := store.Append(t.Context(), c)
+	require.NoError(t, err, "it was written, and is no conflict with itself")
+	require.Equal(t, uint64(5), r.Revision(ann).Version)
+	all, err := collect(store, t.Context(), eventstore.All(), eventstore.ReadOptions{})
+	require.NoError(t, err)
+	require.Len(t, all, 5)
+	require.Equal(t, all[3].Position, r.First)
+	require.Equal(t, all[4].Position, r.Last)
+}
+
 // An append that was cut off after it was written must not take another
 // writer's events for its own, nor its own for another's.
 func TestPoint22_UnknownOutcomeWithRivals(t *testing.T) {
