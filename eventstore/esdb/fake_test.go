@@ -28,9 +28,9 @@ type database struct {
 
 	// What goes wrong, asked before and after each append.
 	before, after func(stream string, expected driver.Expected, events []driver.Event) error
-	reads         func() error // asked before each read
+	reads         func() error     // asked before each read
 	subscribed    []driver.AllFrom // where subscriptions began
-	silent        bool // caught-up is never said
+	silent        bool             // caught-up is never said
 }
 
 type fakeStream struct {
