@@ -19,6 +19,12 @@
 // BatchAppend (it is not announced, so clients use Append), projections, users,
 // access control, scavenging, TLS.
 //
+// Where real servers differ from each other it does what gives a client the
+// least: a subscription to filtered $all gets no checkpoint because history ends,
+// only after every so many events (in history, only if another one follows);
+// caught-up comes once; first and last positions of a stream are not told.
+// Regular expressions of filters are RE2, not .NET's.
+//
 // # How it keeps things
 //
 // The store is the only thing that lasts: an append is answered once it is in

@@ -21,14 +21,13 @@ const pageRecords = 256
 
 // reading is one Read call.
 type reading struct {
-	node      *node
-	log       *log
-	call      streams.Streams_ReadServer
-	ctx       context.Context
-	resolve   bool
-	textIDs   bool
-	positions bool // tell first and last positions
-	filter    *filter
+	node    *node
+	log     *log
+	call    streams.Streams_ReadServer
+	ctx     context.Context
+	resolve bool
+	textIDs bool
+	filter  *filter
 }
 
 // Read reads or follows a stream or $all.
@@ -39,10 +38,7 @@ func (s *streamsService) Read(request *streams.ReadReq, call streams.Streams_Rea
 		}
 	}
 	o := request.GetOptions()
-	r := &reading{
-		node: s.node, log: s.node.log, call: call, ctx: call.Context(), resolve: o.GetResolveLinks(),
-		positions: o.GetControlOption().GetCompatibility() >= 1,
-	}
+	r := &reading{node: s.node, log: s.node.log, call: call, ctx: call.Context(), resolve: o.GetResolveLinks()}
 	_, r.textIDs = o.GetUuidOption().GetContent().(*streams.ReadReq_Options_UUIDOption_String_)
 	if f := o.GetFilter(); f != nil {
 		if o.GetAll() == nil {
@@ -177,9 +173,6 @@ func (r *reading) streamForward(name string, o *streams.ReadReq_Options_StreamOp
 		if err := r.send(page); err != nil {
 			return err
 		}
-	}
-	if r.positions && count > 0 && end > 0 {
-		return r.call.Send(&streams.ReadResp{Content: &streams.ReadResp_LastStreamPosition{LastStreamPosition: uint64(end - 1)}})
 	}
 	return nil
 }
