@@ -274,11 +274,26 @@ func TestRejectedWithoutAReason(t *testing.T) {
 	db := newDatabase()
 	s := over(t, db)
 	db.before = func(string, driver.Expected, []driver.Event) error { return kind(driver.Rejected, "EOF") }
-	_, err := s.Append(t.Context(), happened(1))
+	c := happened(1)
+	c.Events[0].Data = make([]byte, 100_000)
+	_, err := s.Append(t.Context(), c)
 	require.ErrorContains(t, err, "MaxAppendSize")
 	require.NotErrorIs(t, err, eventstore.ErrOutcomeUnknown)
 	require.False(t, eventstore.CanRetry(err))
 	require.Empty(t, all(t, s, eventstore.OneStream(ann)))
+
+	// A small one is not too large for anybody: the connection broke.
+	n := 0
+	db.mu.Lock()
+	db.before = func(string, driver.Expected, []driver.Event) error {
+		if n++; n < 8 {
+			return kind(driver.Rejected, "EOF")
+		}
+		return nil
+	}
+	db.mu.Unlock()
+	_, err = s.Append(t.Context(), happened(1))
+	require.NoError(t, err)
 }
 
 // Two processes use one key at once: one writes, the other gets its receipt,
@@ -421,6 +436,11 @@ func TestPoint56_DroppedAgainAndAgain(t *testing.T) {
 		require.Equal(t, uint64(i+1), e.Version)
 	}
 	require.Len(t, got, len(all(t, s, eventstore.OneStream(ann))))
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	again := db.subscribed[len(db.subscribed)-1]
+	require.False(t, again.Start, "what was handled is not asked for again")
+	require.Greater(t, again.Position.Commit, uint64(got[len(got)/2].Position))
 }
 
 // The store's memory of streams is bounded and never needed.

@@ -288,6 +288,7 @@ func (a *appending) write(ctx context.Context, expected driver.Expected) (events
 			}
 			return eventstore.Receipt{}, errMoved
 		case driver.Unsent(err):
+			rejected = 0
 			if unknown == nil && (ctx.Err() != nil || errors.Is(err, driver.ErrClosed)) {
 				return eventstore.Receipt{}, a.s.failure(a.caller, fmt.Sprintf("append to stream %q", a.name), err)
 			}
@@ -297,12 +298,14 @@ func (a *appending) write(ctx context.Context, expected driver.Expected) (events
 			}
 			return eventstore.Receipt{}, a.s.failure(a.caller, fmt.Sprintf("append to stream %q", a.name), err)
 		case driver.KindOf(err) == driver.Rejected:
-			// The call ended before the server had all events: it has written none.
-			if rejected++; rejected >= 3 && unknown == nil {
+			// The call ended before the server had all events: it has written none. That
+			// may be a large write that it refuses, or a connection that broke.
+			rejected++
+			if most := 20; unknown == nil && (rejected >= most || rejected >= 3 && a.size() > 64<<10) {
 				return eventstore.Receipt{}, fmt.Errorf("append to stream %q: %d events of %d bytes were refused %d times without a reason: the server's MaxAppendSize may be less than esdb.MaxAppend: %w", a.name, len(a.events), a.size(), rejected, err)
 			}
 		default:
-			unknown = err
+			unknown, rejected = err, 0
 		}
 		if ctx.Err() != nil {
 			if unknown == nil {

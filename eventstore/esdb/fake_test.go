@@ -28,9 +28,9 @@ type database struct {
 
 	// What goes wrong, asked before and after each append.
 	before, after func(stream string, expected driver.Expected, events []driver.Event) error
-	reads         func() error // asked before each read
-	appends       int
-	silent        bool // caught-up is never said
+	reads         func() error     // asked before each read
+	subscribed    []driver.AllFrom // where subscriptions began
+	silent        bool             // caught-up is never said
 }
 
 type fakeStream struct {
@@ -124,7 +124,6 @@ func (c *client) Append(ctx context.Context, stream string, expected driver.Expe
 	}
 	db := c.db
 	db.mu.Lock()
-	db.appends++
 	before, after := db.before, db.after
 	db.mu.Unlock()
 	if before != nil {
@@ -301,6 +300,7 @@ func (c *client) SubscribeAll(ctx context.Context, after driver.AllFrom, filter 
 	db.mu.Lock()
 	defer db.mu.Unlock()
 	s := &fakeSubscription{db: db, base: c.base, drops: db.drops, filter: filter}
+	db.subscribed = append(db.subscribed, after)
 	if filter.StreamRegex != "" {
 		s.regex = regexp.MustCompile(filter.StreamRegex)
 	}

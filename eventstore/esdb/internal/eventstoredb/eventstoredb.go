@@ -232,8 +232,8 @@ func classify(err error) error {
 func classifyStatus(err error) driver.Kind {
 	s, ok := status.FromError(err)
 	if !ok {
-		if errors.Is(err, io.EOF) {
-			return driver.Rejected
+		if errors.Is(err, io.EOF) && strings.Contains(err.Error(), "could not send") {
+			return driver.Rejected // before the last message was sent
 		}
 		return driver.Unknown
 	}
