@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	client "github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/deed-go/deed/eventstore"
@@ -174,7 +173,7 @@ func (f *follower) consume(ctx context.Context) error {
 		} else {
 			a.replaced = at.Sequence.Consumer == 1 && !first
 			first = false
-			a.message, a.err = s.subjects.decode(m.Subject(), at.Sequence.Stream, client.Header(m.Headers()), m.Data())
+			a.message, a.err = s.subjects.decode(m.Subject(), at.Sequence.Stream, m.Headers(), m.Data())
 		}
 		select {
 		case arrivals <- a:
