@@ -173,7 +173,7 @@ func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
 	if hook := s.settings.sending; hook != nil {
 		hook(p.messages)
 	}
-	if !s.conn.IsConnected() {
+	if !s.connected.Load() {
 		return outcomeRefused, 0, client.ErrDisconnected
 	}
 	count := len(p.messages)
