@@ -112,7 +112,7 @@ func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
 			return nil, err
 		}
 		n := size(e.encoded[i]) + placeHeaders
-		if most := s.conn.MaxPayload(); most > 0 && int64(n) > most {
+		if most := s.payload; most > 0 && int64(n) > most {
 			return nil, fmt.Errorf("%w: event %q of stream %q needs %d bytes with its headers, at most %d are allowed by the server's max_payload", eventstore.ErrTooLarge, c.Events[i].Type, of, n, most)
 		}
 		e.bytes += n
@@ -153,6 +153,8 @@ const (
 type scheduler struct {
 	store *Store
 	wake  chan struct{}
+	jobs  chan job      // for workers that have nothing to do
+	quit  chan struct{} // closed when there will be no more
 
 	mu      sync.Mutex
 	waiting []*entry
@@ -166,6 +168,46 @@ func (c *scheduler) init(s *Store) {
 	c.store = s
 	c.wake = make(chan struct{}, 1)
 	c.busy = map[eventstore.Stream]struct{}{}
+	c.jobs, c.quit = make(chan job), make(chan struct{})
+}
+
+// job is a group that is written together.
+type job struct {
+	group []*entry
+	batch bool
+}
+
+// launch hands the group to a worker. The lock is held.
+func (c *scheduler) launch(group []*entry) {
+	j := job{group, len(group) > 1 || group[0].most > 1}
+	if j.batch {
+		c.batches++
+	} else {
+		c.plains++
+	}
+	for _, e := range group {
+		for _, of := range e.streams {
+			c.busy[of] = struct{}{}
+		}
+	}
+	select {
+	case c.jobs <- j:
+	default:
+		c.store.writing.Go(func() { c.worker(j) })
+	}
+}
+
+// worker writes one group after another.
+func (c *scheduler) worker(j job) {
+	for {
+		c.store.execute(j.group)
+		c.release(j)
+		select {
+		case j = <-c.jobs:
+		case <-c.quit:
+			return
+		}
+	}
 }
 
 func (c *scheduler) signal() {
@@ -177,15 +219,35 @@ func (c *scheduler) signal() {
 
 func (c *scheduler) put(e *entry) bool {
 	c.mu.Lock()
-	closed := c.closed
-	if !closed {
-		c.waiting = append(c.waiting, e)
+	if c.closed {
+		c.mu.Unlock()
+		return false
 	}
+	if c.atOnce(e) {
+		c.launch([]*entry{e})
+		c.mu.Unlock()
+		return true
+	}
+	c.waiting = append(c.waiting, e)
 	c.mu.Unlock()
-	if !closed {
-		c.signal()
+	c.signal()
+	return true
+}
+
+// atOnce reports whether the commit is a publish that has nothing to wait for.
+func (c *scheduler) atOnce(e *entry) bool {
+	most := plainMany
+	if c.store.replicas.Load() == 1 {
+		most = plainOne
+		if c.batches > 0 {
+			return false
+		}
 	}
-	return !closed
+	if e.most > 1 || len(c.waiting) > 0 || c.plains >= most || c.store.settings.hold != nil {
+		return false
+	}
+	_, busy := c.busy[e.writes[0]]
+	return !busy
 }
 
 // close refuses what waits; what is in flight is finished.
@@ -202,6 +264,7 @@ func (c *scheduler) close() {
 }
 
 func (c *scheduler) run() {
+	defer close(c.quit)
 	for range c.wake {
 		if c.start() {
 			return
@@ -215,39 +278,28 @@ func (c *scheduler) start() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, group := range c.pick() {
-		batch := len(group) > 1 || group[0].most > 1
-		if batch {
-			c.batches++
-		} else {
-			c.plains++
-		}
-		for _, e := range group {
-			for _, of := range e.streams {
-				c.busy[of] = struct{}{}
-			}
-		}
-		c.store.writing.Go(func() {
-			c.store.execute(group)
-			c.release(group, batch)
-		})
+		c.launch(group)
 	}
 	return c.closed && c.plains == 0 && c.batches == 0
 }
 
-func (c *scheduler) release(group []*entry, batch bool) {
+func (c *scheduler) release(j job) {
 	c.mu.Lock()
-	if batch {
+	if j.batch {
 		c.batches--
 	} else {
 		c.plains--
 	}
-	for _, e := range group {
+	for _, e := range j.group {
 		for _, of := range e.streams {
 			delete(c.busy, of)
 		}
 	}
+	more := len(c.waiting) > 0 || c.closed
 	c.mu.Unlock()
-	c.signal()
+	if more {
+		c.signal()
+	}
 }
 
 // pick takes groups out of what waits.

@@ -2,11 +2,13 @@ package nats
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	client "github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
@@ -65,11 +67,17 @@ func BenchmarkAppend(b *testing.B) {
 				require.NoError(b, err)
 				lasts := make([]uint64, writers)
 				together(b, writers, func(w, n int) error {
-					ack, err := js.PublishMsg(b.Context(), &client.Msg{Subject: fmt.Sprintf("plain.0.a.%d", w), Data: data}, jetstream.WithExpectLastSequencePerSubject(lasts[w]))
-					if err == nil {
-						lasts[w] = ack.Sequence
+					for {
+						ack, err := js.PublishMsg(b.Context(), &client.Msg{Subject: fmt.Sprintf("plain.0.a.%d", w), Data: data}, jetstream.WithExpectLastSequencePerSubject(lasts[w]))
+						if refused, ok := errors.AsType[*jetstream.APIError](err); ok && refused.ErrorCode == codeWrongSequenceConstant {
+							pause(b.Context(), 100*time.Microsecond) // the last one is acknowledged but not applied
+							continue
+						}
+						if err == nil {
+							lasts[w] = ack.Sequence
+						}
+						return err
 					}
-					return err
 				})
 			})
 			b.Run(fmt.Sprintf("R%d/%d/store", nodes, writers), func(b *testing.B) {

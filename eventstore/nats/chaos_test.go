@@ -96,7 +96,7 @@ func chaos(t *testing.T, harm func(context.Context, *testing.T, *natsserver.Clus
 	}
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
-	writing, stopWriting := context.WithTimeout(t.Context(), chaosFor())
+	writing, stopWriting := context.WithCancel(t.Context())
 	defer stopWriting()
 	following, stopFollowing := context.WithCancel(t.Context())
 	defer stopFollowing()
@@ -110,7 +110,15 @@ func chaos(t *testing.T, harm func(context.Context, *testing.T, *natsserver.Clus
 		r := rand.New(rand.NewPCG(seed, uint64(w)))
 		writers.Go(func() { write(writing, stores[w%3], w, r, v) })
 	}
-	harms := harm(writing, t, c, name)
+	require.Eventually(t, func() bool {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		return v.commits >= 64
+	}, time.Minute, 10*time.Millisecond, "nobody writes")
+	harming, stopHarming := context.WithTimeout(t.Context(), chaosFor())
+	defer stopHarming()
+	harms := harm(harming, t, c, name)
+	stopWriting()
 	writers.Wait()
 	for i := range 3 {
 		c.Rejoin(i)
@@ -209,7 +217,7 @@ func (v *verdicts) note(c eventstore.Commit, r eventstore.Receipt, err error) {
 		to = v.unknown
 	case errors.Is(err, eventstore.ErrConflict):
 		v.conflicts++
-	case errors.Is(err, eventstore.ErrUnavailable), errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, eventstore.ErrUnavailable), errors.Is(err, context.Canceled):
 		v.unavailable++
 	}
 	for _, e := range c.Events {

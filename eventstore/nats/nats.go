@@ -33,6 +33,10 @@ type Store struct {
 	replicas atomic.Int32
 	known    atomic.Uint64 // the highest sequence this process knows to be stored
 	newest   newest
+	// The connection's own answers wait while it writes.
+	payload   int64 // the server's max_payload
+	connected atomic.Bool
+	changes   atomic.Uint64 // of the connection's state
 
 	heads     heads
 	scheduler scheduler
@@ -322,6 +326,7 @@ func open(ctx context.Context, conn *client.Conn, set settings) (*Store, error) 
 		settings: set, conn: conn, js: js, subjects: subjects{set.stream}, now: set.now, limits: limitsOf(conn),
 		closing: make(chan struct{}),
 	}
+	s.payload = conn.MaxPayload()
 	s.heads.init(set.headsMost)
 	s.base, s.stop = context.WithCancel(context.Background())
 	s.scheduler.init(s)
@@ -335,8 +340,30 @@ func open(ctx context.Context, conn *client.Conn, set settings) (*Store, error) 
 		}
 		return nil, fmt.Errorf("open stream %q: %w", set.stream, err)
 	}
+	s.watch()
 	s.writing.Go(s.scheduler.run)
 	return s, nil
+}
+
+// watch follows the state of the connection.
+func (s *Store) watch() {
+	changed := s.conn.StatusChanged()
+	s.connected.Store(s.conn.IsConnected())
+	s.work.Go(func() {
+		for {
+			select {
+			case _, open := <-changed:
+				s.changes.Add(1)
+				s.connected.Store(s.conn.IsConnected())
+				if !open {
+					return
+				}
+			case <-s.base.Done():
+				s.conn.RemoveStatusListener(changed)
+				return
+			}
+		}
+	})
 }
 
 // limitsOf returns what fits into the server's messages, headers included.

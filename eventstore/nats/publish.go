@@ -49,7 +49,7 @@ func (s *Store) execute(group []*entry) {
 	known := map[eventstore.Stream]bool{}
 	var deadline time.Time
 	var trouble error
-	wait, fruitless := time.Millisecond, 0
+	wait, fruitless, busy := time.Millisecond, 0, 0
 	for {
 		pending = slices.DeleteFunc(slices.Clone(pending), (*entry).isDone)
 		if len(pending) == 0 {
@@ -78,7 +78,7 @@ func (s *Store) execute(group []*entry) {
 		outcome, first, err := s.send(p)
 		if outcome == outcomeWritten {
 			s.record(p, first, known)
-			pending, deadline, wait, fruitless = p.left, time.Time{}, time.Millisecond, 0
+			pending, deadline, wait, fruitless, busy = p.left, time.Time{}, time.Millisecond, 0, 0
 			continue
 		}
 		if deadline.IsZero() {
@@ -103,6 +103,13 @@ func (s *Store) execute(group []*entry) {
 			fruitless++
 			pause(s.base, wait)
 			wait = min(2*wait, 250*time.Millisecond)
+			continue
+		}
+		if refused, ok := errors.AsType[*jetstream.APIError](err); ok && outcome == outcomeMoved && refused.ErrorCode == codeWrongSequenceConstant && busy < 3 {
+			// On several servers this is also said for a moment after a message of the
+			// subject was acknowledged: most often nobody has lost.
+			pause(s.base, 100*time.Microsecond<<busy)
+			busy++
 			continue
 		}
 		moved, err := s.moved(p, known)
@@ -166,7 +173,7 @@ func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
 	if hook := s.settings.sending; hook != nil {
 		hook(p.messages)
 	}
-	if !s.conn.IsConnected() {
+	if !s.connected.Load() {
 		return outcomeRefused, 0, client.ErrDisconnected
 	}
 	count := len(p.messages)

@@ -16,11 +16,11 @@ import (
 // restored, may have lost it, and have gone on with others under the same
 // sequences.
 type newest struct {
-	mu         sync.Mutex
-	sequence   uint64
-	id         uuid.UUID
-	reconnects uint64 // of the connection, when it was looked at last
-	broken     error
+	mu       sync.Mutex
+	sequence uint64
+	id       uuid.UUID
+	changes  uint64 // of the connection's state, when it was looked at last
+	broken   error
 }
 
 func (n *newest) see(sequence uint64, id uuid.UUID) {
@@ -31,11 +31,11 @@ func (n *newest) see(sequence uint64, id uuid.UUID) {
 	}
 }
 
-// verifyReconnected is verify if the connection was made anew since the last time.
+// verifyReconnected is verify if the connection was lost since the last time.
 func (s *Store) verifyReconnected(ctx context.Context) error {
-	reconnects := s.conn.Stats().Reconnects
+	changes := s.changes.Load()
 	s.newest.mu.Lock()
-	same, broken := reconnects == s.newest.reconnects, s.newest.broken
+	same, broken := changes == s.newest.changes, s.newest.broken
 	s.newest.mu.Unlock()
 	if same {
 		return broken
@@ -44,7 +44,7 @@ func (s *Store) verifyReconnected(ctx context.Context) error {
 		return err
 	}
 	s.newest.mu.Lock()
-	s.newest.reconnects = max(reconnects, s.newest.reconnects)
+	s.newest.changes = max(changes, s.newest.changes)
 	s.newest.mu.Unlock()
 	return nil
 }
