@@ -28,7 +28,8 @@ type entry struct {
 	stop  func() bool // the watch over its context
 
 	// Of the group's goroutine.
-	base      head // of the first stream that it writes, when it was sent last
+	base      head                         // of the first stream that it writes, when it was sent last
+	bases     map[eventstore.Stream]uint64 // where its streams were then
 	sent      bool
 	uncertain bool // it may have been written, or be written yet
 }

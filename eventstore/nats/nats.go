@@ -231,6 +231,9 @@ func Open(ctx context.Context, address string, options ...Option) (*Store, error
 		client.ReconnectBufSize(-1), // what cannot be sent now must not be sent later
 		client.PingInterval(5*time.Second), client.MaxPingsOutstanding(2), client.Timeout(5*time.Second),
 		client.ErrorHandler(func(*client.Conn, *client.Subscription, error) {}))
+	if wrong, ok := errors.AsType[*url.Error](err); ok { // which quotes the URL, password and all
+		return nil, fmt.Errorf("%w: the NATS URL cannot be parsed: %w", eventstore.ErrInvalid, wrong.Err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("connect to %s: %w: %w", redacted(servers), eventstore.ErrUnavailable, err)
 	}

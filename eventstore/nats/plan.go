@@ -103,13 +103,13 @@ func (s *Store) reread(ctx context.Context, p *plan, streams []eventstore.Stream
 	if len(streams) == 0 {
 		return nil
 	}
-	if err := s.refresh(ctx, streams, true); err != nil {
+	read, err := s.refresh(ctx, streams, true)
+	if err != nil {
 		return err
 	}
-	for _, of := range streams {
+	for i, of := range streams {
 		known[of] = true
-		h, _ := s.heads.get(of)
-		p.tracks[of].reset(h, true)
+		p.tracks[of].reset(read[i], true)
 	}
 	return nil
 }
@@ -117,7 +117,7 @@ func (s *Store) reread(ctx context.Context, p *plan, streams []eventstore.Stream
 // judge adds the entry to the plan, tells it why not, or holds it.
 func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventstore.Stream]bool) error {
 	for {
-		if t := p.tracks[e.writes[0]]; e.sent && t.base.sequence != e.base.sequence && !t.guarded {
+		if t := p.tracks[e.writes[0]]; e.sent && t.base.sequence != e.base.sequence {
 			if written, err := s.wasWritten(ctx, e, t.base); written || err != nil {
 				return err
 			}
@@ -153,6 +153,12 @@ func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventsto
 		}
 		c := &e.commit.Conditions[failed]
 		t := p.tracks[c.Stream]
+		if e.uncertain && len(t.events) == 0 && t.base.sequence == e.bases[c.Stream] {
+			// It was sent behind another commit that has been given up since. Both may
+			// arrive yet, and the condition holds then.
+			e.finish(eventstore.Receipt{}, fmt.Errorf("append: %w: it was sent behind a commit that was given up", eventstore.ErrOutcomeUnknown))
+			return nil
+		}
 		conflict := &eventstore.ConflictError{Kind: c.Kind, Stream: c.Stream}
 		if c.Kind == eventstore.ConditionStreamAt {
 			conflict.Expected = c.Revision
@@ -293,6 +299,10 @@ func (p *plan) add(names subjects, e *entry) {
 		}
 	}
 	e.base = p.tracks[e.writes[0]].base
+	e.bases = make(map[eventstore.Stream]uint64, len(e.streams))
+	for _, of := range e.streams {
+		e.bases[of] = p.tracks[of].base.sequence
+	}
 	p.entries = append(p.entries, e)
 	p.receipts = append(p.receipts, receipt)
 }

@@ -59,12 +59,19 @@ func (s *Store) execute(group []*entry) {
 			s.giveUp(pending, trouble)
 			return
 		}
+		reconnects := s.conn.Stats().Reconnects
 		if err := s.verifyReconnected(s.base); err != nil {
 			s.giveUp(pending, err)
 			return
 		}
 		p, err := s.plan(s.base, pending, known, fruitless > 2)
 		if err != nil {
+			if len(pending) > 1 && (errors.Is(err, eventstore.ErrGap) || errors.Is(err, eventstore.ErrDecode)) {
+				for _, e := range pending { // it is the trouble of one of them
+					s.execute([]*entry{e})
+				}
+				return
+			}
 			s.giveUp(pending, err)
 			return
 		}
@@ -75,7 +82,7 @@ func (s *Store) execute(group []*entry) {
 			pending = p.left
 			continue
 		}
-		outcome, first, err := s.send(p)
+		outcome, first, err := s.send(p, reconnects)
 		if outcome == outcomeWritten {
 			s.record(p, first, known)
 			pending, deadline, wait, fruitless, busy = p.left, time.Time{}, time.Millisecond, 0, 0
@@ -98,6 +105,13 @@ func (s *Store) execute(group []*entry) {
 					continue
 				}
 				fruitless += 10 // find out whose fault it is
+				continue
+			}
+			if refused, ok := errors.AsType[*jetstream.APIError](err); ok && refused.ErrorCode == codeIncomplete && len(p.entries) == 1 && fruitless > 12 {
+				// A message before the last one is refused again and again, and the server does
+				// not say why. The others need not wait for this one.
+				s.giveUp(p.entries, err)
+				deadline, fruitless, wait = time.Time{}, 3, time.Millisecond
 				continue
 			}
 			fruitless++
@@ -168,12 +182,13 @@ func (s *Store) giveUp(pending []*entry, cause error) {
 }
 
 // send sends the plan and waits for the server's answer. first is the sequence
-// of the first message.
-func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
+// of the first message. It sends nothing if the connection was made anew since
+// the plan was made: the log must be looked at first.
+func (s *Store) send(p *plan, reconnects uint64) (result outcome, first uint64, err error) {
 	if hook := s.settings.sending; hook != nil {
 		hook(p.messages)
 	}
-	if !s.connected.Load() {
+	if !s.connected.Load() || s.conn.Stats().Reconnects != reconnects {
 		return outcomeRefused, 0, client.ErrDisconnected
 	}
 	count := len(p.messages)
@@ -203,7 +218,7 @@ func (s *Store) send(p *plan) (result outcome, first uint64, err error) {
 		return outcomeUnknown, 0, errAgain
 	}
 	if err != nil {
-		if errors.Is(err, client.ErrNoResponders) || errors.Is(err, client.ErrReconnectBufExceeded) || errors.Is(err, client.ErrConnectionClosed) {
+		if errors.Is(err, client.ErrNoResponders) || errors.Is(err, client.ErrReconnectBufExceeded) {
 			return outcomeRefused, 0, err
 		}
 		return outcomeUnknown, 0, fmt.Errorf("no answer from the server: %w", err)
@@ -291,13 +306,13 @@ func (s *Store) record(p *plan, first uint64, known map[eventstore.Stream]bool) 
 // is stored, but there may be more.
 func (s *Store) moved(p *plan, known map[eventstore.Stream]bool) (bool, error) {
 	streams := p.streams()
-	if err := s.refresh(s.base, streams, false); err != nil {
+	read, err := s.refresh(s.base, streams, false)
+	if err != nil {
 		return false, err
 	}
 	moved := false
-	for _, of := range streams {
-		h, ok := s.heads.get(of)
-		if ok && h.sequence != p.tracks[of].base.sequence {
+	for i, of := range streams {
+		if h := read[i]; h.sequence != p.tracks[of].base.sequence {
 			moved = true
 			known[of] = true
 		}
@@ -306,15 +321,20 @@ func (s *Store) moved(p *plan, known map[eventstore.Stream]bool) (bool, error) {
 }
 
 // wasWritten finds out what became of an entry that was sent, now that its
-// first stream is not where it was: either its event is the one that came next,
-// or it never will be.
+// first stream is not where it was: either its event is among those that came
+// since, or it never will be.
 func (s *Store) wasWritten(ctx context.Context, e *entry, now head) (bool, error) {
 	if now.version > e.base.version {
 		after, err := s.history(ctx, e.writes[0], now, e.base.version, 0)
 		if err != nil {
 			return false, err
 		}
-		if next := after[len(after)-1]; next.ID == e.commit.Events[0].ID {
+		// It need not be the next one: others of its batch may have written the stream
+		// before it.
+		for _, next := range after {
+			if next.ID != e.commit.Events[0].ID {
+				continue
+			}
 			receipt, err := s.receiptOf(ctx, usedKey{fingerprint: e.commit.Fingerprint, sequence: uint64(next.Position)})
 			if err != nil {
 				return false, err
@@ -328,14 +348,19 @@ func (s *Store) wasWritten(ctx context.Context, e *entry, now head) (bool, error
 }
 
 // refresh reads the heads of the streams; all that was acknowledged when fresh.
-func (s *Store) refresh(ctx context.Context, streams []eventstore.Stream, fresh bool) error {
-	return s.asking(ctx, "read the ends of streams", func(ctx context.Context) error {
+// What it returns may be forgotten by the time somebody looks at what is remembered.
+func (s *Store) refresh(ctx context.Context, streams []eventstore.Stream, fresh bool) ([]head, error) {
+	read := make([]head, len(streams))
+	return read, s.asking(ctx, "read the ends of streams", func(ctx context.Context) error {
 		found, err := s.lasts(ctx, streams, fresh)
 		if err != nil {
 			return err
 		}
 		for i, of := range streams {
 			now := headOf(found[i])
+			if found[i] != nil {
+				s.newest.see(now.sequence, now.last)
+			}
 			if before, ok := s.heads.get(of); ok {
 				if before.sequence > now.sequence {
 					if s.replicas.Load() > 1 { // a leader of yesterday may have answered
@@ -346,6 +371,7 @@ func (s *Store) refresh(ctx context.Context, streams []eventstore.Stream, fresh 
 				now.keys = before.keys
 			}
 			s.heads.set(of, now)
+			read[i] = now
 		}
 		return nil
 	})
@@ -365,25 +391,18 @@ func (s *Store) lasts(ctx context.Context, streams []eventstore.Stream, fresh bo
 		names[i] = s.subjects.of(of)
 		at[names[i]] = i
 	}
-	one := s.replicas.Load() == 1
-	if fresh && !one || len(streams) == 1 {
-		var failed error
-		var mu sync.Mutex
-		var all sync.WaitGroup
-		turns := make(chan struct{}, 64)
-		for i := range names {
-			turns <- struct{}{}
-			all.Go(func() {
-				defer func() { <-turns }()
-				m, err := s.fresh(ctx, &getRequest{Last: names[i]})
-				mu.Lock()
-				defer mu.Unlock()
-				found[i] = m
-				failed = errors.Join(failed, err)
-			})
+	if fresh && s.replicas.Load() > 1 || len(streams) == 1 {
+		return s.lastsOneByOne(ctx, streams)
+	}
+	through := s.known.Load()
+	if fresh {
+		m, err := s.leader(ctx, &getRequest{Last: ">"})
+		if err != nil {
+			return nil, err
 		}
-		all.Wait()
-		return found, failed
+		if m != nil {
+			through = max(through, uint64(m.Position))
+		}
 	}
 	for len(names) > 0 {
 		n, bytes := 0, 0
@@ -391,14 +410,14 @@ func (s *Store) lasts(ctx context.Context, streams []eventstore.Stream, fresh bo
 			bytes += len(names[n])
 			n++
 		}
-		messages, through, err := s.multiLast(ctx, names[:n])
+		messages, reached, err := s.multiLast(ctx, names[:n])
+		if len(messages) == 0 && err == nil && through > 0 || errors.Is(err, errMirror) { // it does not say how far it is
+			return s.lastsOneByOne(ctx, streams)
+		}
 		if err != nil {
 			return nil, err
 		}
-		if !one && through < s.known.Load() {
-			if len(messages) == 0 { // it does not say how far it is
-				return s.lasts(ctx, streams, true)
-			}
+		if reached < through {
 			return nil, fmt.Errorf("%w: a replica lags", errAgain)
 		}
 		for _, m := range messages {
@@ -407,4 +426,26 @@ func (s *Store) lasts(ctx context.Context, streams []eventstore.Stream, fresh bo
 		names = names[n:]
 	}
 	return found, nil
+}
+
+// lastsOneByOne asks the leader for each.
+func (s *Store) lastsOneByOne(ctx context.Context, streams []eventstore.Stream) ([]*message, error) {
+	found := make([]*message, len(streams))
+	var failed error
+	var mu sync.Mutex
+	var all sync.WaitGroup
+	turns := make(chan struct{}, 64)
+	for i := range streams {
+		turns <- struct{}{}
+		all.Go(func() {
+			defer func() { <-turns }()
+			m, err := s.fresh(ctx, &getRequest{Last: s.subjects.of(streams[i])})
+			mu.Lock()
+			defer mu.Unlock()
+			found[i] = m
+			failed = errors.Join(failed, err)
+		})
+	}
+	all.Wait()
+	return found, failed
 }

@@ -245,7 +245,7 @@ func (s *Store) scan(ctx context.Context, q eventstore.Query, after, through eve
 	if err != nil {
 		return nil, 0, err
 	}
-	if !more && !whole && s.replicas.Load() > 1 && (len(page) == 0 || page[len(page)-1].Position < through) {
+	if !more && !whole && (len(page) == 0 || page[len(page)-1].Position < through) {
 		// A replica that lags has told what it knows. The leader knows whether there is
 		// more.
 		from := after
@@ -263,12 +263,22 @@ func (s *Store) scan(ctx context.Context, q eventstore.Query, after, through eve
 	}
 	reached := after
 	events := make([]eventstore.Recorded, 0, len(page))
+	there := make(map[uint64]struct{}, len(page))
 	for _, m := range page {
 		if m.Position > through {
 			return events, through, nil
 		}
 		if whole && m.Position != reached+1 {
 			return nil, 0, errHole(uint64(reached)+1, uint64(m.Position))
+		}
+		if !whole {
+			// What is before it in its stream is in the filter too.
+			if len(m.previous) > 0 && m.previous[0] > uint64(after) {
+				if _, ok := there[m.previous[0]]; !ok {
+					return nil, 0, fmt.Errorf("%w: the event at position %d of stream %q follows the one at %d, which was not found: messages were removed", eventstore.ErrGap, m.Position, m.Stream, m.previous[0])
+				}
+			}
+			there[uint64(m.Position)] = struct{}{}
 		}
 		reached = m.Position
 		if m.isEvent() && q.Matches(&m.Recorded) {

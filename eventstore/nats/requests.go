@@ -30,6 +30,10 @@ type getRequest struct {
 // errAgain: the answer is no answer; the same request can be sent again.
 var errAgain = errors.New("the server cannot answer now")
 
+// errMirror: a mirror of the stream has answered, which may lag and have limits
+// of its own. The server lets every mirror answer direct gets for its origin.
+var errMirror = fmt.Errorf("%w: a mirror of the stream answered", errAgain)
+
 // transient reports whether the server or the way to it is to blame.
 func transient(err error) bool {
 	for _, cause := range []error{
@@ -131,6 +135,9 @@ func (s *Store) answer(m *client.Msg) (*message, error) {
 		}
 		return nil, fmt.Errorf("%w: status %s %s", errAgain, status, get(m.Header, "Description"))
 	}
+	if by := get(m.Header, "Nats-Stream"); by != s.settings.stream {
+		return nil, fmt.Errorf("%w: %q answered", errMirror, by)
+	}
 	sequence, err := strconv.ParseUint(get(m.Header, "Nats-Sequence"), 10, 64)
 	if err != nil {
 		return nil, fmt.Errorf("the server's answer has the sequence %q", get(m.Header, "Nats-Sequence"))
@@ -189,9 +196,6 @@ func (s *Store) leader(ctx context.Context, r *getRequest) (*message, error) {
 // fresh asks whoever knows all that was acknowledged. The only server that has
 // a stream is one of those; of several only the leader is, and the others lag.
 func (s *Store) fresh(ctx context.Context, r *getRequest) (*message, error) {
-	if s.replicas.Load() == 1 {
-		return s.direct(ctx, r)
-	}
 	return s.leader(ctx, r)
 }
 
@@ -208,6 +212,7 @@ func (s *Store) last(ctx context.Context, subject string) (*message, error) {
 	})
 	if err == nil && found != nil {
 		s.saw(uint64(found.Position))
+		s.newest.see(uint64(found.Position), found.ID)
 	}
 	return found, err
 }
@@ -216,8 +221,9 @@ func (s *Store) last(ctx context.Context, subject string) (*message, error) {
 func (s *Store) at(ctx context.Context, sequence uint64) (*message, error) {
 	var found *message
 	err := s.asking(ctx, "read a message", func(ctx context.Context) (err error) {
-		if found, err = s.direct(ctx, &getRequest{Sequence: sequence}); err == nil && found == nil && s.replicas.Load() > 1 {
-			// A replica that lags does not have it yet.
+		found, err = s.direct(ctx, &getRequest{Sequence: sequence})
+		if err == nil && found == nil || errors.Is(err, errMirror) {
+			// A replica that lags, or a mirror, does not have it.
 			found, err = s.leader(ctx, &getRequest{Sequence: sequence})
 		}
 		return err
@@ -313,6 +319,15 @@ func (s *Store) page(ctx context.Context, filter string, from uint64, most int) 
 			r.Next = filter
 		}
 		end, err := s.series(ctx, &r, func(m *message) error { page = append(page, m); return nil })
+		if errors.Is(err, errMirror) {
+			// Whichever is near may answer always: go on by single messages.
+			m, err := s.leader(ctx, &getRequest{Next: filter, Sequence: from})
+			page, more = page[:0], m != nil
+			if m != nil {
+				page = append(page, m)
+			}
+			return err
+		}
 		if err != nil {
 			return err
 		}

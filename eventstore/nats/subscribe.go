@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	client "github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/deed-go/deed/eventstore"
@@ -129,6 +130,10 @@ func (f *follower) run() {
 		}
 		if errors.Is(err, eventstore.ErrGap) || errors.Is(err, eventstore.ErrDecode) {
 			f.fail(err)
+			return
+		}
+		if f.store.conn.IsClosed() { // by whom it belongs to: it will not be back
+			f.fail(unavailable("follow the log", client.ErrConnectionClosed))
 			return
 		}
 		if time.Since(began) > time.Second {
@@ -308,7 +313,7 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 					batch.CaughtUp = caughtUp && batch.Through == snapshot.Head
 				} else {
 					events, reached, err := s.scan(ctx, q, after, snapshot.Head)
-					if errors.Is(err, eventstore.ErrUnavailable) {
+					if errors.Is(err, eventstore.ErrUnavailable) && !s.conn.IsClosed() {
 						continue // for ever: the server will be back
 					}
 					if err != nil {
@@ -345,7 +350,7 @@ func (s *Store) beginFollowing(ctx context.Context) (*tail.Tail, eventstore.Posi
 			head, err = s.head(ctx)
 			return err
 		})
-		if !errors.Is(err, eventstore.ErrUnavailable) {
+		if !errors.Is(err, eventstore.ErrUnavailable) || s.conn.IsClosed() {
 			return log, head, err
 		}
 	}
