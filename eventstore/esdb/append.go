@@ -242,6 +242,8 @@ func (s *Store) scan(ctx, caller context.Context, k *known) error {
 				k.forget()
 				k.last = none
 				return nil
+			case errors.Is(err, io.EOF) && k.scanned < 0:
+				return errHidden(name)
 			case errors.Is(err, io.EOF):
 				k.last = k.end
 				return nil
@@ -366,8 +368,10 @@ func (a *appending) positionOf(ctx context.Context, revision uint64, id uuid.UUI
 		switch {
 		case err != nil:
 			return err
-		case r == nil || r.Revision != revision || r.ID != id:
-			return fmt.Errorf("%w: it is not there, or is another one", eventstore.ErrGap)
+		case r == nil: // a node that follows gets it a moment later
+			return &driver.Error{Kind: driver.Aborted, Err: errors.New("it is not there")}
+		case r.Revision != revision || r.ID != id:
+			return fmt.Errorf("%w: another one is there", eventstore.ErrGap)
 		}
 		e, err := a.s.own(r)
 		position = e.Position

@@ -13,6 +13,20 @@ import (
 // says.
 var errPatience = errors.New("waited for the server as long as esdb.Patience says")
 
+// again reports whether a call that writes nothing may succeed when it is made
+// again: a server that stops, or a proxy, ends calls as cancelled too, or
+// without a word.
+func again(ctx context.Context, err error) bool {
+	if driver.Transient(err) {
+		return true
+	}
+	switch driver.KindOf(err) {
+	case driver.Ended, driver.Rejected:
+		return ctx.Err() == nil && !errors.Is(err, errPatience)
+	}
+	return false
+}
+
 // ended returns the caller's context's error, if it has ended, or ErrClosed if
 // the store was closed under the call.
 func (s *Store) ended(ctx context.Context) error {
@@ -61,6 +75,11 @@ func (s *Store) failure(ctx context.Context, what string, err error) error {
 // errMissing: events of a stream are gone.
 func errMissing(name string, want, got uint64) error {
 	return fmt.Errorf("%w: event %d of stream %q follows where event %d is expected: the stream was truncated ($maxCount, $maxAge, $tb) or deleted and written again, which a stream of deed's must not be", eventstore.ErrGap, got, name, want)
+}
+
+// errHidden: a stream exists, and none of its events can be read.
+func errHidden(name string) error {
+	return fmt.Errorf("%w: the stream %q exists, but none of its events can be read: it was truncated ($maxCount, $maxAge, $tb), which a stream of deed's must not be", eventstore.ErrGap, name)
 }
 
 // errIntruder: another program has written to a stream of the log.

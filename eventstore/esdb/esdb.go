@@ -194,7 +194,11 @@ func Open(ctx context.Context, url string, options ...Option) (*Store, error) {
 	s := newStore(set)
 	var err error
 	if s.logID, err = s.identify(ctx); err != nil {
-		_ = s.Close()
+		if ctx.Err() != nil {
+			go s.Close() // the client may hang for some time
+		} else {
+			_ = s.Close()
+		}
 		return nil, fmt.Errorf("open the log: %w", err)
 	}
 	return s, nil
@@ -274,12 +278,11 @@ func (s *Store) trying(ctx, caller context.Context, what string, fn func(context
 	for n := 0; ; n++ {
 		once, stop := context.WithTimeout(ctx, attempt)
 		err := fn(once)
-		late := once.Err() != nil
 		stop()
 		if err == nil {
 			return nil
 		}
-		if !driver.Transient(err) && !(late && driver.KindOf(err) == driver.Ended) || ctx.Err() != nil {
+		if !again(ctx, err) || ctx.Err() != nil {
 			return s.failure(caller, what, err)
 		}
 		pause(ctx, n)
@@ -350,10 +353,15 @@ func (s *Store) one(ctx context.Context, name string, from driver.StreamFrom, ba
 			return r, nil
 		}
 	}
-	if errors.Is(err, io.EOF) || driver.KindOf(err) == driver.NotFound {
+	switch {
+	case driver.KindOf(err) == driver.NotFound:
 		return nil, nil
+	case !errors.Is(err, io.EOF):
+		return nil, err
+	case from.Start || from.End:
+		return nil, errHidden(name)
 	}
-	return nil, err
+	return nil, nil
 }
 
 func (s *Store) name(stream eventstore.Stream) string { return s.prefix + stream.String() }

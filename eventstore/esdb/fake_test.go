@@ -394,3 +394,10 @@ func (c *client) Metadata(context.Context, string) ([]byte, error) { return nil,
 func (c *client) SetMetadata(context.Context, string, driver.Expected, []byte) error {
 	return errors.ErrUnsupported
 }
+
+// truncate hides the first events of the stream, as $tb does.
+func (db *database) truncate(stream string, before int) {
+	db.mu.Lock()
+	defer db.mu.Unlock()
+	db.streams[stream].hidden = before
+}

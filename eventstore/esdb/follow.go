@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"iter"
 	"slices"
 	"sync"
@@ -97,8 +98,10 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 					return nil
 				}
 			case m.CaughtUp:
-				if err := fn(news{caughtUp: true}); err != nil {
+				if err := fn(news{caughtUp: true}); err != nil && err != errAgain {
 					return fatal{err}
+				} else if err != nil {
+					return err
 				}
 				return nil
 			default:
@@ -122,7 +125,7 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 			return context.Cause(ctx)
 		case errors.Is(err, errPatience):
 			return fmt.Errorf("%s: %w: %w", what, eventstore.ErrUnavailable, err)
-		case driver.Transient(err):
+		case again(ctx, err):
 			if patience > 0 && time.Since(since) > patience {
 				return s.failure(caller, what, err)
 			}
@@ -139,6 +142,47 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 		}
 		pause(ctx, n)
 	}
+}
+
+// errAgain, from fn, makes follow subscribe again where it is.
+var errAgain error = &driver.Error{Kind: driver.Aborted, Err: errors.New("subscribe again")}
+
+// goal is the event that a subscription is to reach.
+type goal struct {
+	s    *Store
+	last end
+	gone bool // it cannot come: this was found out before the subscription was made
+}
+
+// caughtUp is asked when the server says that it has told everything, short of
+// the goal. A node that lags behind the one that told of the goal says so too:
+// then the rest is still to come. It returns nil to wait on, errArrived when the
+// goal does not exist any more (scavenged), or errAgain.
+func (g *goal) caughtUp(ctx context.Context) error {
+	if g.gone {
+		return errArrived
+	}
+	once, stop := context.WithTimeout(ctx, attempt)
+	defer stop()
+	var r *driver.Recorded
+	reader, err := g.s.driver.ReadAll(once, from(g.last.position), false, 1)
+	if err == nil {
+		defer reader.Close()
+		r, err = reader.Next(once)
+	}
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil // the node does not have it yet
+	case err != nil && !again(ctx, err):
+		g.gone = true // it is none of the server's positions any more
+		return errAgain
+	case err != nil:
+		return errAgain
+	case eventstore.Position(r.Position.Commit) > g.last.position:
+		g.gone = true // what lies before is there, but may have come after the word
+		return errAgain
+	}
+	return nil
 }
 
 // fatal is an error that subscribing again does not mend.
@@ -212,9 +256,13 @@ type view struct {
 func (f *follower) since(after eventstore.Position, start bool) view {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if !f.running && start && !f.store.closed() {
-		f.running, f.ready, f.err = true, false, nil
-		f.store.work.Go(f.run)
+	if !f.running && start {
+		f.store.mu.Lock() // Close waits for work once it has shut
+		if !f.store.closed() {
+			f.running, f.ready, f.err = true, false, nil
+			f.store.work.Go(f.run)
+		}
+		f.store.mu.Unlock()
 	}
 	v := view{ready: f.ready, err: f.err, low: f.low, head: f.head, grown: f.grown}
 	if f.ready && after >= f.low {
@@ -248,7 +296,7 @@ func (f *follower) run() {
 func (f *follower) follow(ctx context.Context) error {
 	s := f.store
 	var last end
-	for {
+	for n := 0; ; n++ {
 		var err error
 		if last, err = s.findEnd(ctx); err == nil {
 			break
@@ -256,6 +304,7 @@ func (f *follower) follow(ctx context.Context) error {
 		if !errors.Is(err, eventstore.ErrUnavailable) {
 			return err
 		}
+		pause(ctx, n)
 	}
 	f.mu.Lock()
 	f.ready, f.low, f.head, f.events, f.bytes = true, last.position, last, nil, 0
@@ -416,8 +465,15 @@ func (b *subscriber) catchUp(ctx context.Context, last end) error {
 		}
 		return errArrived
 	}
+	to := goal{s: s, last: last}
 	err := s.follow(inner, b.caller, s.filter(b.q, last), b.through, 0, func(n news) error {
-		if n.caughtUp || n.at > last.position {
+		if n.caughtUp {
+			if err := to.caughtUp(inner); err != errArrived {
+				return err
+			}
+			return arrive()
+		}
+		if n.at > last.position {
 			return arrive()
 		}
 		if n.event != nil && b.q.Matches(&n.event.Recorded) {

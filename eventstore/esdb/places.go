@@ -115,15 +115,17 @@ func (s *Store) Head(ctx context.Context) (eventstore.Position, error) {
 // findEnd reads backward from the end of the database until it finds an event
 // of the log, or comes to what was looked through before.
 func (s *Store) findEnd(caller context.Context) (end, error) {
-	ctx, cancel := s.patient(caller)
+	ctx, cancel := s.within(caller)
 	defer cancel()
 	known, upTo, _ := s.tip.get()
 	var newest eventstore.Position
 	var found end
 	at, count := driver.AllFrom{End: true}, uint64(4)
-	err := s.trying(ctx, caller, "read the end of the log", func(ctx context.Context) error {
+	// What lies behind the log's last event may be much: only silence is bounded.
+	r := reading{s: s, caller: caller}
+	err := r.resume(ctx, "read the end of the log", func(ctx context.Context, tell func()) error {
 		for {
-			n, done, err := s.endWithin(ctx, &at, count, upTo, &newest, &found)
+			n, done, err := s.endWithin(ctx, &at, count, upTo, &newest, &found, tell)
 			if done || err != nil || n == 0 {
 				return err
 			}
@@ -141,20 +143,23 @@ func (s *Store) findEnd(caller context.Context) (end, error) {
 	return found, nil
 }
 
-func (s *Store) endWithin(ctx context.Context, at *driver.AllFrom, count uint64, upTo eventstore.Position, newest *eventstore.Position, found *end) (n int, done bool, err error) {
-	reader, err := s.driver.ReadAll(ctx, *at, true, count)
+func (s *Store) endWithin(ctx context.Context, at *driver.AllFrom, count uint64, upTo eventstore.Position, newest *eventstore.Position, found *end, tell func()) (n int, done bool, err error) {
+	reader, err := s.opening(ctx, func(ctx context.Context) (driver.Reader, error) {
+		return s.driver.ReadAll(ctx, *at, true, count)
+	})
 	if err != nil {
 		return 0, false, err
 	}
-	defer reader.Close()
+	defer reader.close()
 	for ; ; n++ {
-		r, err := reader.Next(ctx)
+		r, err := reader.next()
 		if errors.Is(err, io.EOF) || driver.KindOf(err) == driver.NotFound {
 			return n, false, nil
 		}
 		if err != nil {
 			return n, false, err
 		}
+		tell()
 		position := eventstore.Position(r.Position.Commit)
 		if *newest == 0 {
 			*newest = position

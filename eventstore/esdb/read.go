@@ -102,14 +102,20 @@ func (r *reading) give(e *eventstore.Recorded) error {
 // resume runs fn again after failures that pass, until the server has been
 // waited for long enough without news.
 func (r *reading) resume(ctx context.Context, what string, fn func(ctx context.Context, news func()) error) error {
-	since := time.Now()
+	var since time.Time // of the first failure behind the last news
 	for n := 0; ; n++ {
+		began := time.Now()
 		// Only getting at a server is bounded here; what it sends is waited for by fn.
-		err := fn(ctx, func() { since, n = time.Now(), 0 })
+		err := fn(ctx, func() { since, began, n = time.Time{}, time.Time{}, 0 })
 		if err == nil || errors.Is(err, errEnough) {
 			return err
 		}
-		if !driver.Transient(err) || time.Since(since) > r.s.settings.patience {
+		if since.IsZero() {
+			if since = began; began.IsZero() {
+				since = time.Now() // the time that the receiver takes does not count
+			}
+		}
+		if !again(ctx, err) || time.Since(since) > r.s.settings.patience {
 			return r.s.failure(r.caller, what, err)
 		}
 		pause(ctx, n)
@@ -291,12 +297,17 @@ func (s *Store) readStream(ctx context.Context, name string, at driver.StreamFro
 		return err
 	}
 	defer reader.close()
-	for {
+	for n := 0; ; n++ {
 		r, err := reader.next()
-		if errors.Is(err, io.EOF) || driver.KindOf(err) == driver.NotFound {
+		switch {
+		case driver.KindOf(err) == driver.NotFound:
 			return nil
-		}
-		if err != nil {
+		case errors.Is(err, io.EOF):
+			if n == 0 && at.End {
+				return errHidden(name)
+			}
+			return nil
+		case err != nil:
 			return err
 		}
 		e, err := s.own(r)
@@ -320,13 +331,20 @@ func (r *reading) forward(ctx context.Context) error {
 	if r.o.After >= r.o.Through {
 		return nil
 	}
+	to := goal{s: r.s, last: last}
 	err = r.s.follow(ctx, r.caller, r.s.filter(r.q, last), r.o.After, r.s.settings.patience, func(n news) error {
 		if n.event != nil && n.at <= r.o.Through {
 			if err := r.give(&n.event.Recorded); err != nil {
 				return err
 			}
 		}
-		if n.caughtUp || n.at >= r.o.Through {
+		if n.caughtUp {
+			if err := to.caughtUp(ctx); err != errArrived {
+				return err
+			}
+			return errEnough
+		}
+		if n.at >= r.o.Through {
 			return errEnough
 		}
 		return nil
