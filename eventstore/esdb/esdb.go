@@ -220,8 +220,10 @@ func newStore(set settings) *Store {
 
 // Close refuses further calls and ends subscriptions with eventstore.ErrClosed.
 // What is being written is finished, for three seconds at most; then it is given
-// up, with eventstore.ErrOutcomeUnknown where it may have been written. Closing
-// again returns the same.
+// up, with eventstore.ErrOutcomeUnknown where it may have been written. A client
+// that is still searching for its server is waited for, too, for as long as the
+// connection string's gossipTimeout says (5 seconds by default). Closing again
+// returns the same.
 func (s *Store) Close() error {
 	s.once.Do(func() {
 		s.mu.Lock()

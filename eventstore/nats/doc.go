@@ -50,6 +50,12 @@
 // Every other query reads all subjects; types and tags are always looked at in
 // the program.
 //
+// # What must not be changed while the log is open
+//
+// The stream's settings and the number of its replicas are looked at when the
+// log is opened, not afterwards. Limits that are set later can take events away
+// before anybody notices; open the log anew after each change.
+//
 // # How events are stored
 //
 // An event is one message with the subject stream.slice.category.id, in which
