@@ -26,8 +26,10 @@ type activation[S any] struct {
 	stream  eventstore.Stream
 
 	// Guarded by the runtime's lock.
+	place resident
 	queue []*call[S]
-	wake  chan struct{} // has capacity 1; made for each busy time
+
+	wake chan struct{} // has capacity 1; nobody calls while it is at rest
 
 	calls atomic.Uint64 // how many there have been
 

@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/hashicorp/golang-lru/v2/simplelru"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
@@ -97,9 +96,8 @@ type Runtime struct {
 	mu        sync.Mutex
 	stopping  bool
 	drained   chan struct{} // closed when stopping and nothing is busy
-	busy      map[address]active
-	spares    []chan func()                   // goroutines that wait for the next activation
-	idle      *simplelru.LRU[address, active] // nil if none are kept
+	residents *residents
+	spares    []chan func() // goroutines that wait for the next activation
 	snapshots snapshotQueue
 }
 
@@ -117,14 +115,12 @@ type active interface {
 // NewRuntime returns a runtime on the store. It starts nothing: goroutines
 // exist only while there are calls.
 func NewRuntime(store eventstore.Store, o Options) *Runtime {
-	r := &Runtime{store: store, options: o.withDefaults(), busy: map[address]active{}, drained: make(chan struct{})}
+	r := &Runtime{store: store, options: o.withDefaults(), drained: make(chan struct{})}
 	r.life, r.abandon = context.WithCancelCause(context.Background())
 	if r.enqueuer, _ = eventstore.Find[eventstore.Enqueuer](store); r.enqueuer == nil {
 		r.options.PipelineDepth = 1
 	}
-	if r.options.CachedAggregates > 0 {
-		r.idle, _ = simplelru.NewLRU[address, active](r.options.CachedAggregates, nil)
-	}
+	r.residents = newResidents(r.options.CachedAggregates)
 	meter := r.options.MeterProvider.Meter("github.com/deed-go/deed/aggregate")
 	// A counter that cannot be made counts nothing; the API still returns one.
 	r.conflicts, _ = meter.Int64Counter("deed.aggregate.conflicts", metric.WithDescription("commits that lost to another writer"))
@@ -170,8 +166,10 @@ func (r *Runtime) Stop(ctx context.Context) error {
 	}
 	r.mu.Lock()
 	var names []string
-	for _, a := range r.busy {
-		names = append(names, fmt.Sprintf("%q", a.name()))
+	for _, a := range r.residents.at {
+		if a.busy {
+			names = append(names, fmt.Sprintf("%q", a.active.name()))
+		}
 	}
 	r.abandon(ErrStopped)
 	r.dismiss()
@@ -186,7 +184,7 @@ func (r *Runtime) Stop(ctx context.Context) error {
 
 // closeIfDrained needs the lock.
 func (r *Runtime) closeIfDrained() {
-	if r.stopping && len(r.busy) == 0 && !r.snapshots.running {
+	if r.stopping && r.residents.busy == 0 && !r.snapshots.running {
 		select {
 		case <-r.drained:
 		default:
@@ -207,20 +205,19 @@ func submit[S any](r *Runtime, def *Definition[S], c *call[S]) (rested *activati
 	}
 	at := address{def, c.req.ID}
 	var a *activation[S]
-	if known, ok := r.busy[at]; ok {
-		a = known.(*activation[S])
+	known := r.residents.at[at]
+	if known != nil {
+		a = known.active.(*activation[S])
 	} else {
-		if r.idle != nil {
-			if known, ok := r.idle.Peek(at); ok {
-				r.idle.Remove(at)
-				a = known.(*activation[S])
-			}
+		a = &activation[S]{runtime: r, def: def, stream: def.Stream(c.req.ID), depth: r.options.PipelineDepth, wake: make(chan struct{}, 1)}
+		a.place.active, a.place.address = a, at
+	}
+	if !a.place.busy {
+		if known != nil {
+			r.residents.wake(known)
+		} else {
+			r.residents.enter(&a.place)
 		}
-		if a == nil {
-			a = &activation[S]{runtime: r, def: def, stream: def.Stream(c.req.ID), depth: r.options.PipelineDepth}
-		}
-		a.wake = make(chan struct{}, 1)
-		r.busy[at] = a
 		if a.loaded && c.req.Boundary == nil && r.enqueuer != nil {
 			rested = a
 		} else {
@@ -255,7 +252,7 @@ func (r *Runtime) start(run func()) {
 		for run != nil {
 			run()
 			r.mu.Lock()
-			if len(r.busy) == 0 || len(r.spares) >= mostSpares || r.life.Err() != nil {
+			if r.residents.busy == 0 || len(r.spares) >= mostSpares || r.life.Err() != nil {
 				r.mu.Unlock()
 				return
 			}
@@ -282,17 +279,30 @@ func (a *activation[S]) rest() bool {
 	if len(a.queue) > 0 {
 		return false
 	}
-	at := address{a.def, a.stream.ID}
-	delete(r.busy, at)
-	if len(r.busy) == 0 {
+	if a.loaded && !r.stopping {
+		r.residents.rest(&a.place)
+	} else {
+		r.residents.leave(&a.place)
+	}
+	if r.residents.busy == 0 {
 		r.dismiss()
 	}
-	a.queue, a.entries, a.todo, a.keys, a.wake = nil, nil, nil, nil, nil
-	if a.loaded && r.idle != nil && !r.stopping {
-		r.idle.Add(at, a)
+	a.queue, a.todo, a.entries, a.keys = small(a.queue), small(a.todo), small(a.entries), nil
+	select {
+	case <-a.wake:
+	default:
 	}
 	r.closeIfDrained()
 	return true
+}
+
+// small lets an idle activation keep the memory of a line that is empty for the
+// next call, but not that of a crowd.
+func small[T any](line []T) []T {
+	if cap(line) > 4 {
+		return nil
+	}
+	return line[:0]
 }
 
 // Request is one decision about one aggregate.

@@ -190,8 +190,10 @@ func kindOf[S any](b *Bus, command any) (*kind, error) {
 	return k, k.mistake
 }
 
+var internalSpan = []trace.SpanStartOption{trace.WithSpanKind(trace.SpanKindInternal)}
+
 func (b *Bus) execute(ctx context.Context, call *Call) (eventstore.Receipt, error) {
-	ctx, span := b.tracer.Start(ctx, call.Name, trace.WithSpanKind(trace.SpanKindInternal))
+	ctx, span := b.tracer.Start(ctx, call.Name, internalSpan...)
 	defer span.End()
 	if c := span.SpanContext(); c.IsValid() {
 		call.Metadata.TraceParent = traceParent(c)

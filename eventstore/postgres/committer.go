@@ -107,6 +107,15 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, error)
 		return nil, err
 	}
 	e := &entry{commit: c, offsets: make([]int, len(c.Events))}
+	size := 0
+	for i := range c.Events {
+		event := &c.Events[i]
+		size += perEvent + metadataRoom + len(event.Stream.Category) + len(event.Stream.ID) + len(event.Data)
+		for _, tag := range event.Tags {
+			size += perTag + len(tag)
+		}
+	}
+	e.rows = make([]byte, 0, size)
 	for i := range c.Events {
 		event := &c.Events[i]
 		var metadata []byte
@@ -115,17 +124,7 @@ func (s *Store) encode(ctx context.Context, c eventstore.Commit) (*entry, error)
 				return nil, fmt.Errorf("%w: event %d: metadata: %w", eventstore.ErrInvalid, i, err)
 			}
 		}
-		stream := event.Stream.String()
-		size := perEvent + len(stream) + len(metadata) + len(event.Data)
-		for _, tag := range event.Tags {
-			size += perTag + len(tag)
-		}
-		if i == 0 {
-			e.rows = make([]byte, 0, size*len(c.Events))
-		} else {
-			e.rows = slices.Grow(e.rows, size)
-		}
-		e.rows = appendRow(e.rows, event.Stream.Slice(), event.ID, event.Time.UnixNano(), stream, event.Tags, metadata, event.Data)
+		e.rows = appendRow(e.rows, event.Stream.Slice(), event.ID, event.Time.UnixNano(), event.Stream.String(), event.Tags, metadata, event.Data)
 		e.offsets[i] = len(e.rows)
 	}
 	return e, nil

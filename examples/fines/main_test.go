@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -236,6 +237,26 @@ func TestInterrupted(t *testing.T) {
 			requireReport(t, expectedSample(t), text.Bytes())
 		})
 	}
+}
+
+// TestInterrupted_JudgesNothingMore: once asked to stop, no further row is
+// judged, however many workers wait for one.
+func TestInterrupted_JudgesNothingMore(t *testing.T) {
+	t.Parallel()
+	date := make([]Row, 64)
+	for i := range date {
+		date[i] = Row{Number: i + 1, Fine: strconv.Itoa(i), Activity: "Payment"}
+	}
+	withApp(t, filepath.Join(t.TempDir(), "fines.db"), func(app *deed.App) {
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		for range 500 {
+			require.ErrorIs(t, judge(ctx, app, date), errInterrupted)
+		}
+		head, err := app.Store().Head(t.Context())
+		require.NoError(t, err)
+		require.Zero(t, head)
+	})
 }
 
 // TestInterrupted_SaysHowToContinue looks at what a user sees.

@@ -127,6 +127,10 @@ func judge(ctx context.Context, app *deed.App, date []Row) error {
 	var err error
 feed:
 	for _, fine := range order {
+		if ctx.Err() != nil { // select takes either when a worker waits, too
+			err = errInterrupted
+			break
+		}
 		select {
 		case queue <- fine:
 		case err = <-failed:

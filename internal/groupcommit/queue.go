@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// Queue is first in, first out, and never waits on purpose. The zero Queue is
-// ready; use it by pointer.
+// Queue is first in, first out, and waits on purpose in Gather only. The zero
+// Queue is ready; use it by pointer.
 type Queue[T any] struct {
 	// Wake, when set, is called after every Put and by Close, without the queue's
 	// lock. It must not block.
