@@ -96,6 +96,7 @@ func (a *activation[S]) lead(c *call[S]) {
 		case a.current != nil:
 			a.runOn()
 		default:
+			c.done = make(chan outcome, 1) // the answer now comes from elsewhere
 			a.runtime.mu.Lock()
 			a.runtime.start(a.run)
 			a.runtime.mu.Unlock()

@@ -17,7 +17,9 @@ import (
 type call[S any] struct {
 	ctx       context.Context
 	req       Request[S]
-	done      chan outcome
+	done      chan outcome // nil while the caller leads the activation
+	out       outcome      // instead of done, once answered
+	answered  bool
 	phase     atomic.Int32
 	conflicts int
 	number    uint64 // in the order of the activation's calls
@@ -103,7 +105,7 @@ func Execute[S any](ctx context.Context, r *Runtime, def *Definition[S], req Req
 			return first, err
 		}
 	}
-	c := &call[S]{ctx: ctx, req: req, done: make(chan outcome, 1)}
+	c := &call[S]{ctx: ctx, req: req}
 	rested, err := submit(r, def, c)
 	if err != nil {
 		return eventstore.Receipt{}, fmt.Errorf("execute on %q: %w", stream, err)
@@ -111,13 +113,15 @@ func Execute[S any](ctx context.Context, r *Runtime, def *Definition[S], req Req
 	if rested != nil {
 		rested.lead(c)
 	}
-	var out outcome
-	select {
-	case out = <-c.done:
-	case <-ctx.Done():
-		var err error
-		if out, err = c.leave(); err != nil {
-			return eventstore.Receipt{}, fmt.Errorf("execute on %q: %w", stream, err)
+	out := c.out
+	if !c.answered {
+		select {
+		case out = <-c.done:
+		case <-ctx.Done():
+			var err error
+			if out, err = c.leave(); err != nil {
+				return eventstore.Receipt{}, fmt.Errorf("execute on %q: %w", stream, err)
+			}
 		}
 	}
 	if out.conflicts > 0 {
@@ -191,7 +195,12 @@ func (c *call[S]) left() bool {
 
 func (c *call[S]) answer(receipt eventstore.Receipt, err error, judged bool) {
 	c.receipt = receipt
-	c.done <- outcome{receipt: receipt, err: err, judged: judged, conflicts: c.conflicts}
+	out := outcome{receipt: receipt, err: err, judged: judged, conflicts: c.conflicts}
+	if c.done == nil {
+		c.out, c.answered = out, true
+		return
+	}
+	c.done <- out
 }
 
 // detached carries the values of a caller's context, but ends with the runtime.

@@ -227,6 +227,7 @@ func submit[S any](r *Runtime, def *Definition[S], c *call[S]) (rested *activati
 	c.number = a.calls.Add(1)
 	a.queue = append(a.queue, c)
 	if rested == nil {
+		c.done = make(chan outcome, 1)
 		select {
 		case a.wake <- struct{}{}:
 		default:

@@ -51,7 +51,7 @@ type Call struct {
 	// map in it: replace that.
 	Metadata *eventstore.Metadata
 
-	run Handler
+	runner runner
 }
 
 // Handler executes a call.
@@ -79,7 +79,7 @@ type Bus struct {
 
 // NewBus returns a bus that executes commands on the runtime.
 func NewBus(r *aggregate.Runtime, o Options) *Bus {
-	handler := Handler(func(ctx context.Context, call *Call) (eventstore.Receipt, error) { return call.run(ctx, call) })
+	handler := Handler(func(ctx context.Context, call *Call) (eventstore.Receipt, error) { return call.runner.run(ctx, call) })
 	for i := len(o.Middleware) - 1; i >= 0; i-- {
 		handler = o.Middleware[i](handler)
 	}
@@ -125,36 +125,51 @@ func Execute[S any, C Command[S]](ctx context.Context, bus *Bus, def *aggregate.
 	if err != nil {
 		return eventstore.Receipt{}, fmt.Errorf("execute on aggregate %q: %w", def.Category(), err)
 	}
-	metadata := metadataOf(ctx)
-	if metadata.CorrelationID == "" {
-		metadata.CorrelationID = newCorrelation()
+	boxed := any(c)
+	x := &execution[S]{bus: bus, def: def, decide: boxed.(Command[S]), metadata: metadataOf(ctx)}
+	if x.metadata.CorrelationID == "" {
+		x.metadata.CorrelationID = newCorrelation()
 	}
-	call := &Call{
+	x.call = Call{
 		Name: kind.name, Category: def.Category(), ID: c.AggregateID(),
-		Command: c, Metadata: &metadata,
+		Command: boxed, Metadata: &x.metadata, runner: x,
 	}
 	for _, option := range options {
-		option(call)
+		option(&x.call)
 	}
-	call.run = func(ctx context.Context, call *Call) (eventstore.Receipt, error) {
-		if v, ok := any(c).(validator); ok {
-			if err := v.Validate(); err != nil {
-				return eventstore.Receipt{}, invalid(call, err)
-			}
+	return bus.execute(ctx, &x.call)
+}
+
+// execution is one Execute, in one piece of memory.
+type execution[S any] struct {
+	call     Call
+	metadata eventstore.Metadata
+	bus      *Bus
+	def      *aggregate.Definition[S]
+	decide   Command[S]
+}
+
+type runner interface {
+	run(ctx context.Context, call *Call) (eventstore.Receipt, error)
+}
+
+func (x *execution[S]) run(ctx context.Context, call *Call) (eventstore.Receipt, error) {
+	if v, ok := x.decide.(validator); ok {
+		if err := v.Validate(); err != nil {
+			return eventstore.Receipt{}, invalid(call, err)
 		}
-		req := aggregate.Request[S]{ID: call.ID, Key: call.Key, Metadata: *call.Metadata, Decide: c.Decide}
-		if b, ok := any(c).(bounded[S]); ok {
-			req.Boundary = b.Boundary
-		}
-		if call.Key != "" {
-			var err error
-			if req.Fingerprint, err = fingerprintOf(call); err != nil {
-				return eventstore.Receipt{}, err
-			}
-		}
-		return aggregate.Execute(ctx, bus.runtime, def, req)
 	}
-	return bus.execute(ctx, call)
+	req := aggregate.Request[S]{ID: call.ID, Key: call.Key, Metadata: *call.Metadata, Decide: x.decide.Decide}
+	if b, ok := x.decide.(bounded[S]); ok {
+		req.Boundary = b.Boundary
+	}
+	if call.Key != "" {
+		var err error
+		if req.Fingerprint, err = fingerprintOf(call); err != nil {
+			return eventstore.Receipt{}, err
+		}
+	}
+	return aggregate.Execute(ctx, x.bus.runtime, x.def, req)
 }
 
 // kind is what is known of a command's Go type.
