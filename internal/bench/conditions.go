@@ -22,6 +22,7 @@ type conditions struct {
 	Syncs      float64 `json:"syncs_per_second"`
 	Go         string  `json:"go"`
 	Postgres   string  `json:"postgres,omitempty"`
+	NATS       string  `json:"nats,omitempty"`
 	Repeat     int     `json:"repeat"`
 	Seconds    float64 `json:"seconds"`
 	Warmup     float64 `json:"warmup_seconds"`
@@ -60,6 +61,9 @@ func (c conditions) lines() []string {
 	)
 	if c.Postgres != "" {
 		lines = append(lines, "PostgreSQL "+c.Postgres+"; loopback TCP; server and clients share the cores")
+	}
+	if c.NATS != "" {
+		lines = append(lines, c.NATS+"; servers and clients share the cores")
 	}
 	return append(lines,
 		"every commit is durable when it is acknowledged, unless the column of guarantees says otherwise",

@@ -14,7 +14,7 @@ type spec struct {
 	name      string   // unique; rows and tables call it so
 	workload  string   // of deed; empty for a case
 	bench     string   // name of the case; empty for deed
-	store     string   // "postgres", "sqlite" or "memory"
+	store     string   // "postgres", "sqlite", "memory", "nats" or "nats-r3", three servers
 	full      string   // which filled log it runs on; a fresh database when empty
 	writes    bool     // a filled log is copied for each run
 	processes int      // how many processes do the work at once; 1 when 0
@@ -81,6 +81,22 @@ var (
 	saga        = &spec{name: "deed saga, 64 at once", workload: "saga", store: "postgres", args: writers(64)}
 	dbos64      = &spec{name: "DBOS, 64 at once", bench: "dbos-postgres", store: "postgres", args: writers(64)}
 	river64     = &spec{name: "River, 64 inserting", bench: "river-postgres", store: "postgres", args: writers(64)}
+
+	nats64        = &spec{name: "deed append on NATS, 64 writers", workload: "append", store: "nats", args: writers(64)}
+	nats1024      = &spec{name: "deed append on NATS, 1024 writers", workload: "append", store: "nats", args: writers(1024)}
+	natsR3x64     = &spec{name: "deed append on NATS R3, 64 writers", workload: "append", store: "nats-r3", args: writers(64)}
+	natsR3x1024   = &spec{name: "deed append on NATS R3, 1024 writers", workload: "append", store: "nats-r3", args: writers(1024)}
+	natsExecute   = &spec{name: "deed execute on NATS, 64 callers, 1,000 aggregates", workload: "execute", store: "nats", args: append(writers(64), "--aggregates", "1000")}
+	natsR3Execute = &spec{name: "deed execute on NATS R3, 64 callers, 1,000 aggregates", workload: "execute", store: "nats-r3", args: append(writers(64), "--aggregates", "1000")}
+	natsLoad1     = &spec{name: "deed load on NATS, 1 reader", workload: "load", store: "nats", full: "plain", args: writers(1)}
+	natsLoad16    = &spec{name: "deed load on NATS, 16 readers", workload: "load", store: "nats", full: "plain", args: writers(16)}
+
+	publish64    = &spec{name: "publish, 64 writers", bench: "nats-publish", store: "nats", args: writers(64)}
+	publish1024  = &spec{name: "publish, 1024 writers", bench: "nats-publish", store: "nats", args: writers(1024)}
+	publishR3x64 = &spec{name: "publish to R3, 64 writers", bench: "nats-publish", store: "nats-r3", args: writers(64)}
+	publishR3x1k = &spec{name: "publish to R3, 1024 writers", bench: "nats-publish", store: "nats-r3", args: writers(1024)}
+	consumer1    = &spec{name: "ordered consumer, 1 reader", bench: "nats-consumer", store: "nats", full: "plain", args: writers(1)}
+	consumer16   = &spec{name: "ordered consumer, 16 readers", bench: "nats-consumer", store: "nats", full: "plain", args: writers(16)}
 )
 
 func writers(n int) []string { return []string{"--writers", strconv.Itoa(n)} }
@@ -111,6 +127,14 @@ var rows = []row{
 	{id: "18", title: "SQLite sagas of 3 steps against go-workflows", deed: sqliteSaga, base: goWorkflows},
 	{id: "19", title: "sagas of 3 steps against DBOS", deed: saga, base: dbos64},
 	{id: "20", title: "sagas of 3 steps against River's jobs", deed: saga, base: river64, note: "loosely comparable: a job is one step"},
+	{id: "21", title: "NATS append, 64 writers, against publishing", deed: nats64, base: publish64, floor: 1.5},
+	{id: "22", title: "NATS append, 1024 writers, against publishing", deed: nats1024, base: publish1024, floor: 8},
+	{id: "23a", title: "NATS load of 100 events, 1 reader, against an ordered consumer", deed: natsLoad1, base: consumer1, floor: 5},
+	{id: "23b", title: "NATS load of 100 events, 16 readers, against an ordered consumer", deed: natsLoad16, base: consumer16, floor: 5},
+	{id: "24", title: "NATS execute, 64 callers, against append", deed: natsExecute, base: nats64},
+	{id: "25", title: "NATS R3 append, 64 writers, against publishing", deed: natsR3x64, base: publishR3x64, floor: 0.9},
+	{id: "26", title: "NATS R3 append, 1024 writers, against publishing", deed: natsR3x1024, base: publishR3x1k, floor: 0.9},
+	{id: "27", title: "NATS R3 execute, 64 callers, against append", deed: natsR3Execute, base: natsR3x64},
 }
 
 // choose returns the rows that a list of numbers names: 8 stands for 8a and 8b.

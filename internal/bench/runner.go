@@ -36,6 +36,7 @@ type runner struct {
 	self   string // this program
 	work   string // folder for SQLite files and what is built
 	server *server
+	nats   *natsServers // those that the last run needed
 
 	deedProblem error             // why there is no deed to run
 	filled      map[string]string // filled logs: name -> database
@@ -69,9 +70,7 @@ func measure(ctx context.Context, o options, chosen []row, log io.Writer) (_ *re
 	if r.deed, r.deedProblem = r.findDeed(ctx); r.deedProblem != nil {
 		fmt.Fprintln(log, "deed's side is not measured:", r.deedProblem)
 	}
-	if slices.ContainsFunc(chosen, func(row row) bool {
-		return slices.ContainsFunc(row.specs(), func(s *spec) bool { return s.store == "postgres" })
-	}) {
+	if needs(chosen, func(s *spec) bool { return s.store == "postgres" }) {
 		if o.postgres != "" {
 			r.server, err = useServer(ctx, o.postgres)
 		} else {
@@ -83,9 +82,13 @@ func measure(ctx context.Context, o options, chosen []row, log io.Writer) (_ *re
 		}
 		defer func() { err = errors.Join(err, r.dropFilled(), r.server.stop()) }()
 	}
+	defer func() { err = errors.Join(err, r.nats.stop()) }()
 	c, err := observe(ctx, o, work, r.server)
 	if err != nil {
 		return nil, err
+	}
+	if needs(chosen, func(s *spec) bool { return natsNodes[s.store] > 0 }) {
+		c.NATS = natsConditions()
 	}
 	rep := &report{Conditions: c, rows: chosen}
 	made := groups(chosen)
@@ -112,6 +115,11 @@ func measure(ctx context.Context, o options, chosen []row, log io.Writer) (_ *re
 	}
 	rep.evaluate()
 	return rep, nil
+}
+
+// needs reports whether any of what the rows run does.
+func needs(chosen []row, does func(*spec) bool) bool {
+	return slices.ContainsFunc(chosen, func(row row) bool { return slices.ContainsFunc(row.specs(), does) })
 }
 
 // findDeed returns the deed program, which it builds from this checkout unless
@@ -176,6 +184,9 @@ func (r *runner) database(ctx context.Context, s *spec) (dsn string, done func()
 		}
 		return filepath.Join(dir, "bench.db"), func() error { return os.RemoveAll(dir) }, nil
 	}
+	if nodes := natsNodes[s.store]; nodes > 0 {
+		return r.natsLog(ctx, s, nodes)
+	}
 	template := ""
 	if s.full != "" {
 		if template, err = r.fill(ctx, s.full); err != nil {
@@ -199,6 +210,37 @@ func (r *runner) database(ctx context.Context, s *spec) (dsn string, done func()
 	return dsn, done, nil
 }
 
+// natsNodes are the stores on NATS, and on how many servers each is.
+var natsNodes = map[string]int{"nats": 1, "nats-r3": 3}
+
+// natsLog is database for NATS. Servers of another kind are stopped first: even
+// idle they would take part in what is measured.
+func (r *runner) natsLog(ctx context.Context, s *spec, nodes int) (dsn string, done func() error, err error) {
+	if r.nats != nil && r.nats.nodes != nodes {
+		err := r.nats.stop()
+		if r.nats = nil; err != nil {
+			return "", nil, err
+		}
+	}
+	if r.nats == nil {
+		if r.nats, err = startNATS(r.work, nodes); err != nil {
+			return "", nil, err
+		}
+	}
+	if s.full == "" {
+		dsn, name := r.nats.log()
+		return dsn, func() error { return r.nats.drop(name) }, nil
+	}
+	if r.nats.filled == "" {
+		dsn, name := r.nats.log()
+		if err := r.store(ctx, dsn, s.full); err != nil {
+			return "", nil, errors.Join(err, r.nats.drop(name))
+		}
+		r.nats.filled = name
+	}
+	return r.nats.dsn(r.nats.filled), func() error { return nil }, nil
+}
+
 // fill returns the database of a filled log, which deed makes the first time.
 func (r *runner) fill(ctx context.Context, which string) (string, error) {
 	if name, ok := r.filled[which]; ok {
@@ -217,24 +259,30 @@ func (r *runner) fill(ctx context.Context, which string) (string, error) {
 }
 
 func (r *runner) makeFilled(ctx context.Context, which string) (string, error) {
-	if r.deedProblem != nil {
-		return "", r.deedProblem
-	}
-	fmt.Fprintf(r.log, "storing %d events: ", r.preload)
 	dsn, name, err := r.server.database(ctx, "")
 	if err != nil {
 		return "", err
 	}
-	how := fills[which]
-	args := append([]string{"bench", how[0], "--store", dsn}, how[1:]...)
-	args = append(args, "--preload", strconv.Itoa(r.preload), "--duration", "100ms", "--warmup", "0s", "--json")
-	if _, err := r.process(ctx, r.deed, args); err != nil {
+	if err := r.store(ctx, dsn, which); err != nil {
 		return "", errors.Join(err, r.server.drop(context.WithoutCancel(ctx), name))
 	}
 	if err := r.server.vacuum(ctx, dsn); err != nil {
 		return "", errors.Join(err, r.server.drop(context.WithoutCancel(ctx), name))
 	}
 	return name, nil
+}
+
+// store fills a log with events.
+func (r *runner) store(ctx context.Context, dsn, which string) error {
+	if r.deedProblem != nil {
+		return r.deedProblem
+	}
+	fmt.Fprintf(r.log, "storing %d events: ", r.preload)
+	how := fills[which]
+	args := append([]string{"bench", how[0], "--store", dsn}, how[1:]...)
+	args = append(args, "--preload", strconv.Itoa(r.preload), "--duration", "100ms", "--warmup", "0s", "--json")
+	_, err := r.process(ctx, r.deed, args)
+	return err
 }
 
 func (r *runner) dropFilled() error {
