@@ -28,16 +28,17 @@ type Store struct {
 	js       jetstream.JetStream
 	subjects subjects
 	logID    string
-	limits   eventstore.Limits
+	created  time.Time // when the stream was made
 	now      func() time.Time
 	replicas atomic.Int32
 	known    atomic.Uint64 // the highest sequence this process knows to be stored
 	newest   newest
 	// The connection's own answers wait while it writes.
-	payload   int64 // the server's max_payload
+	payload   atomic.Int64 // the largest message: the server's max_payload or the stream's max_msg_size
 	connected atomic.Bool
 	changes   atomic.Uint64 // of the connection's state
 
+	guard     guard
 	heads     heads
 	scheduler scheduler
 	follower  follower
@@ -81,6 +82,7 @@ type settings struct {
 	swallow   func([]*client.Msg) bool // makes messages get lost on their way, or late
 	dropReply func() bool              // makes an answer get lost
 	headsMost int
+	lookEvery time.Duration // how often the stream's settings are looked at
 }
 
 // DefaultStream is the JetStream stream of a log unless [Stream] says otherwise.
@@ -90,7 +92,7 @@ func defaults() settings {
 	return settings{
 		stream: DefaultStream, replicas: 0, create: true, patience: 30 * time.Second,
 		tailEvents: 8192, tailBytes: 16 << 20, now: time.Now, logger: slog.Default(),
-		attempt: 3 * time.Second, headsMost: 1 << 16,
+		attempt: 3 * time.Second, headsMost: 1 << 16, lookEvery: lookEvery,
 	}
 }
 
@@ -326,10 +328,9 @@ func open(ctx context.Context, conn *client.Conn, set settings) (*Store, error) 
 		return nil, fmt.Errorf("%w: %w", eventstore.ErrInvalid, err)
 	}
 	s := &Store{
-		settings: set, conn: conn, js: js, subjects: subjects{set.stream}, now: set.now, limits: limitsOf(conn),
+		settings: set, conn: conn, js: js, subjects: subjects{set.stream}, now: set.now,
 		closing: make(chan struct{}),
 	}
-	s.payload = conn.MaxPayload()
 	s.heads.init(set.headsMost)
 	s.base, s.stop = context.WithCancel(context.Background())
 	s.scheduler.init(s)
@@ -344,6 +345,7 @@ func open(ctx context.Context, conn *client.Conn, set settings) (*Store, error) 
 		return nil, fmt.Errorf("open stream %q: %w", set.stream, err)
 	}
 	s.watch()
+	s.work.Go(s.look)
 	s.writing.Go(s.scheduler.run)
 	return s, nil
 }
@@ -369,21 +371,22 @@ func (s *Store) watch() {
 	})
 }
 
-// limitsOf returns what fits into the server's messages, headers included.
-func limitsOf(conn *client.Conn) eventstore.Limits {
+// headerAllowance is what is set aside for headers in the largest message.
+const headerAllowance = 64 << 10
+
+// smallestMessage is the least that max_payload and max_msg_size must allow.
+const smallestMessage = 2 * headerAllowance
+
+// Limits returns what one commit and one event may have. They depend on the
+// server's max_payload and the stream's max_msg_size: with the default, 1 MiB,
+// an event may have 960 KiB, its headers not counted.
+func (s *Store) Limits() eventstore.Limits {
 	limits := eventstore.DefaultLimits()
-	if most := conn.MaxPayload(); most > 0 {
+	if most := s.payload.Load(); most > 0 {
 		limits.EventBytes = max(min(limits.EventBytes, int(most)-headerAllowance), 1)
 	}
 	return limits
 }
-
-// headerAllowance is what is set aside for headers in the largest message.
-const headerAllowance = 64 << 10
-
-// Limits returns what one commit and one event may have. They depend on the
-// server's max_payload: with its default, 1 MiB, an event may have 960 KiB.
-func (s *Store) Limits() eventstore.Limits { return s.limits }
 
 // Close refuses further calls, finishes what is being written and ends
 // subscriptions with eventstore.ErrClosed. Closing again returns the same.

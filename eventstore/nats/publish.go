@@ -64,6 +64,10 @@ func (s *Store) execute(group []*entry) {
 			s.giveUp(pending, err)
 			return
 		}
+		if _, wrong := s.guard.state(); wrong != nil {
+			s.giveUp(pending, wrong)
+			return
+		}
 		p, err := s.plan(s.base, pending, known, fruitless > 2)
 		if err != nil {
 			if len(pending) > 1 && (errors.Is(err, eventstore.ErrGap) || errors.Is(err, eventstore.ErrDecode)) {

@@ -22,6 +22,7 @@ func TestStore_RefusedBatchWithOthers(t *testing.T) {
 		store, name := openLog(t, c, Patience(5*time.Second), hooked(func(s *settings) {
 			s.hold = func() bool { return !open.Load() }
 			s.grouping = 2
+			s.lookEvery = time.Hour // the new limit is not noticed
 		}))
 		s, err := store.js.Stream(t.Context(), name)
 		require.NoError(t, err)

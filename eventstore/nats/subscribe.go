@@ -298,6 +298,11 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 				fail(err)
 				return
 			}
+			bell, wrong := s.guard.state()
+			if wrong != nil {
+				fail(fmt.Errorf("subscribe: %w", wrong))
+				return
+			}
 			known := max(eventstore.Position(s.known.Load()), begun)
 			snapshot := log.Since(after)
 			if snapshot.Closed {
@@ -331,6 +336,7 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 			}
 			select {
 			case <-snapshot.Grown:
+			case <-bell:
 			case <-ctx.Done():
 			}
 		}
