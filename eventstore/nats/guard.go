@@ -80,6 +80,25 @@ func (s *Store) ask(ctx context.Context) (*jetstream.StreamInfo, error) {
 	return stream.CachedInfo(), nil
 }
 
+// leads reports whether the leader has everything up to the sequence and has
+// just heard from all replicas, so that none of them takes itself for the leader:
+// what is asked of the leader from here on is answered by one that has it all.
+func (s *Store) leads(ctx context.Context, through uint64) bool {
+	if s.replicas.Load() == 1 {
+		return true
+	}
+	info, err := s.ask(ctx)
+	if err != nil || info.Cluster == nil || info.Cluster.Leader == "" || len(info.Cluster.Replicas) != info.Config.Replicas-1 || info.State.LastSeq < through {
+		return false
+	}
+	for _, r := range info.Cluster.Replicas {
+		if r.Offline || r.Active > 2*time.Second {
+			return false
+		}
+	}
+	return true
+}
+
 // judgeStream takes notice of the stream as it is now.
 func (s *Store) judgeStream(info *jetstream.StreamInfo) {
 	err := missingEvents(&info.State)

@@ -81,6 +81,8 @@ type settings struct {
 	sending   func([]*client.Msg)      // called before messages are sent
 	swallow   func([]*client.Msg) bool // makes messages get lost on their way, or late
 	dropReply func() bool              // makes an answer get lost
+	reply     func([]byte) []byte      // makes another server answer first
+	stale     func(*getRequest) bool   // makes a leader of yesterday answer, who has none of what is asked for
 	headsMost int
 	lookEvery time.Duration // how often the stream's settings are looked at
 }
