@@ -75,16 +75,17 @@ type settings struct {
 	system     *client.Conn
 
 	// For tests.
-	attempt   time.Duration            // how long one request may take before it is asked what became of it
-	grouping  int                      // from how many waiting commits on they share a batch; 0: by replicas
-	hold      func() bool              // nothing is taken out of what waits while it is true
-	sending   func([]*client.Msg)      // called before messages are sent
-	swallow   func([]*client.Msg) bool // makes messages get lost on their way, or late
-	dropReply func() bool              // makes an answer get lost
-	reply     func([]byte) []byte      // makes another server answer first
-	stale     func(*getRequest) bool   // makes a leader of yesterday answer, who has none of what is asked for
-	headsMost int
-	lookEvery time.Duration // how often the stream's settings are looked at
+	attempt     time.Duration            // how long one request may take before it is asked what became of it
+	grouping    int                      // from how many waiting commits on they share a batch; 0: by replicas
+	hold        func() bool              // nothing is taken out of what waits while it is true
+	sending     func([]*client.Msg)      // called before messages are sent
+	swallow     func([]*client.Msg) bool // makes messages get lost on their way, or late
+	dropReply   func() bool              // makes an answer get lost
+	reply       func([]byte) []byte      // makes another server answer first
+	stale       func(*getRequest) bool   // makes a leader of yesterday answer, who has none of what is asked for
+	headsMost   int
+	windowBytes int           // of events that a backward read holds
+	lookEvery   time.Duration // how often the stream's settings are looked at
 }
 
 // DefaultStream is the JetStream stream of a log unless [Stream] says otherwise.
@@ -94,7 +95,7 @@ func defaults() settings {
 	return settings{
 		stream: DefaultStream, replicas: 0, create: true, patience: 30 * time.Second,
 		tailEvents: 8192, tailBytes: 16 << 20, now: time.Now, logger: slog.Default(),
-		attempt: 3 * time.Second, headsMost: 1 << 16, lookEvery: lookEvery,
+		attempt: 3 * time.Second, headsMost: 1 << 16, lookEvery: lookEvery, windowBytes: 4 << 20,
 	}
 }
 

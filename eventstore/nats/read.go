@@ -203,7 +203,7 @@ func (s *Store) readPages(ctx context.Context, q eventstore.Query, after, throug
 		return nil
 	}
 	// The server reads forward only: windows are read so, the last one first, and
-	// grow while they hold little.
+	// grow while they hold little. Of one that holds much the end is kept.
 	window := eventstore.Position(pageEvents)
 	for after < through {
 		from := after
@@ -211,24 +211,48 @@ func (s *Store) readPages(ctx context.Context, q eventstore.Query, after, throug
 			from = through - window
 		}
 		var events []eventstore.Recorded
+		bytes := 0
 		for at := from; at < through; {
 			found, reached, err := s.scan(ctx, q, at, through)
 			if err != nil {
 				return err
 			}
+			for i := range found {
+				bytes += weigh(&found[i])
+			}
 			events = append(events, found...)
+			drop := 0
+			for ; bytes > s.settings.windowBytes && drop < len(events)-1; drop++ {
+				bytes -= weigh(&events[drop])
+				from = events[drop].Position
+			}
+			if drop > 0 {
+				events = slices.Clone(events[drop:]) // lets the others go
+			}
 			at = reached
 		}
 		slices.Reverse(events)
 		if !give(events) {
 			return nil
 		}
-		if len(events) < pageEvents/4 {
+		switch {
+		case bytes > s.settings.windowBytes/2: // what was dropped is read again
+			window = max(through-from, 1)
+		case len(events) < pageEvents/4:
 			window = min(2*window, 64*pageEvents)
 		}
 		through = from
 	}
 	return nil
+}
+
+// weigh returns about how much memory an event takes.
+func weigh(r *eventstore.Recorded) int {
+	n := len(r.Data) + 512
+	for _, tag := range r.Tags {
+		n += len(tag) + 16
+	}
+	return n
 }
 
 // scan returns a page of the matching events in (after, through], where
@@ -238,27 +262,36 @@ func (s *Store) scan(ctx context.Context, q eventstore.Query, after, through eve
 		return nil, 0, err
 	}
 	defer s.leave()
-	filter := s.subjects.filter(q)
+	return s.scanBy(ctx, s.subjects.filter(q), q, after, through)
+}
+
+func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, after, through eventstore.Position) ([]eventstore.Recorded, eventstore.Position, error) {
 	whole := filter == s.subjects.all()
 	most := int(min(through-after, pageEvents))
 	page, more, err := s.page(ctx, filter, uint64(after)+1, most)
 	if err != nil {
 		return nil, 0, err
 	}
+	unproven := false
 	if !more && !whole && (len(page) == 0 || page[len(page)-1].Position < through) {
 		// A replica that lags has told what it knows. The leader knows whether there is
-		// more.
+		// more, but so does a leader of yesterday think; then the messages themselves
+		// are looked at, of which none can be missed.
 		from := after
 		if len(page) > 0 {
 			from = page[len(page)-1].Position
 		}
-		next, err := s.next(ctx, filter, uint64(from)+1)
-		if err != nil {
-			return nil, 0, err
-		}
-		if next != nil {
-			page = append(page, next)
-			more = true
+		if s.replicas.Load() > 1 && (through-from <= pageEvents || !s.leads(ctx, uint64(through))) {
+			unproven = true
+		} else {
+			next, err := s.next(ctx, filter, uint64(from)+1)
+			if err != nil {
+				return nil, 0, err
+			}
+			if next != nil {
+				page = append(page, next)
+				more = true
+			}
 		}
 	}
 	reached := after
@@ -284,6 +317,10 @@ func (s *Store) scan(ctx context.Context, q eventstore.Query, after, through eve
 		if m.isEvent() && q.Matches(&m.Recorded) {
 			events = append(events, m.Recorded)
 		}
+	}
+	if unproven {
+		rest, reached, err := s.scanBy(ctx, s.subjects.all(), q, reached, through)
+		return append(events, rest...), reached, err
 	}
 	if !more && !whole {
 		reached = through

@@ -294,6 +294,9 @@ func (s *Store) many(ctx context.Context, sequences []uint64) ([]*message, error
 // series sends a request that is answered by several messages, and gives each
 // to fn. It returns the headers of the end; nil when there was nothing.
 func (s *Store) series(ctx context.Context, r *getRequest, fn func(*message) error) (client.Header, error) {
+	if s.settings.stale != nil && s.settings.stale(r) {
+		return nil, nil
+	}
 	inbox := s.conn.NewRespInbox()
 	sub, err := s.conn.SubscribeSync(inbox)
 	if err != nil {

@@ -108,3 +108,104 @@ func TestYesterday_Reads(t *testing.T) {
 		require.EqualValues(t, 1, m.Version)
 	}
 }
+
+// A subscriber who reads pages is not told that there is nothing more by a
+// server that does not know: not once, and not by half.
+func TestYesterday_Scan(t *testing.T) {
+	t.Parallel()
+	c := shared.get(t, 3)
+	var lies atomic.Int32
+	store, _ := openLog(t, c, Tail(1, 1), hooked(func(s *settings) {
+		s.stale = func(*getRequest) bool { return lies.Add(-1) >= 0 }
+	}))
+	var last eventstore.Receipt
+	for range 10 {
+		var err error
+		last, err = store.Append(t.Context(), eventstore.Commit{Events: append(happened(account("ann"), 3), happened(eventstore.Stream{Category: "other", ID: "x"}, 3)...)})
+		require.NoError(t, err)
+	}
+	for _, q := range []eventstore.Query{eventstore.OneCategory("account"), eventstore.OneCategory("other"), eventstore.All()} {
+		for n := range int32(5) {
+			got := 0
+			for after := eventstore.Position(0); after < last.Last; {
+				lies.Store(n)
+				events, reached, err := store.scan(t.Context(), q, after, last.Last)
+				require.NoError(t, err)
+				got += len(events)
+				after = reached
+			}
+			want := 30
+			if q.Everything {
+				want = 60
+			}
+			require.Equal(t, want, got, "%d wrong answers", n)
+		}
+	}
+}
+
+// The same with a node that was the leader and has been cut off, with its
+// clients: what they know to be stored, it does not have.
+func TestYesterday_ScanCutOff(t *testing.T) {
+	t.Parallel()
+	for _, between := range []int{1, pageEvents + 100} {
+		c := servers(t, 3)
+		name := newName()
+		maker := reopenLog(t, c, name)
+		first, err := maker.Append(t.Context(), eventstore.Commit{Events: happened(account("ann"), 1)})
+		require.NoError(t, err)
+		require.NoError(t, c.Settled(t.Context(), name))
+		yesterday := c.Leader(name)
+		require.GreaterOrEqual(t, yesterday, 0)
+		asked := make(chan struct{}, 1000)
+		behind, err := Open(t.Context(), c.NodeURL(yesterday), Stream(name), quiet(), Patience(time.Minute), hooked(func(s *settings) {
+			s.attempt = time.Second
+			s.stale = func(r *getRequest) bool {
+				if r.Sequence > 0 && r.Batch == 0 && r.Next == "" {
+					select {
+					case asked <- struct{}{}:
+					default:
+					}
+				}
+				return false
+			}
+		}))
+		require.NoError(t, err)
+		defer behind.Close()
+		writer, err := Open(t.Context(), c.NodeURL((yesterday+1)%3), Stream(name), quiet(), Patience(time.Minute), hooked(func(s *settings) { s.attempt = time.Second }))
+		require.NoError(t, err)
+		defer writer.Close()
+		c.CutOff(yesterday)
+		_, err = writer.Append(t.Context(), eventstore.Commit{Events: happened(eventstore.Stream{Category: "other", ID: "x"}, between)})
+		require.NoError(t, err)
+		last, err := writer.Append(t.Context(), eventstore.Commit{Events: happened(account("ann"), 1)})
+		require.NoError(t, err)
+		wrong, err := behind.leader(t.Context(), &getRequest{Next: behind.subjects.category("account"), Sequence: uint64(first.Last) + 1})
+		t.Logf("a leader of yesterday says that there is no more: %v (%v)", wrong == nil && err == nil, err)
+		behind.saw(uint64(last.Last))
+		type answer struct {
+			events []eventstore.Recorded
+			err    error
+		}
+		answers := make(chan answer, 1)
+		go func() {
+			var a answer
+			for after := first.Last; after < last.Last && a.err == nil; {
+				var events []eventstore.Recorded
+				events, after, a.err = behind.scan(t.Context(), eventstore.OneCategory("account"), after, last.Last)
+				a.events = append(a.events, events...)
+			}
+			answers <- a
+		}()
+		var a answer
+		select {
+		case <-asked:
+			c.Rejoin(yesterday)
+			a = <-answers
+		case a = <-answers:
+			c.Rejoin(yesterday)
+		}
+		require.NoError(t, a.err)
+		require.Len(t, a.events, 1, "an event was skipped")
+		require.Equal(t, last.Last, a.events[0].Position)
+	}
+}
