@@ -42,6 +42,7 @@ type Store struct {
 	heads     heads
 	scheduler scheduler
 	follower  follower
+	pipe      pipe
 
 	closing   chan struct{} // closed when Close begins
 	base      context.Context
@@ -82,9 +83,11 @@ type settings struct {
 	swallow     func([]*client.Msg) bool // makes messages get lost on their way, or late
 	dropReply   func() bool              // makes an answer get lost
 	reply       func([]byte) []byte      // makes another server answer first
+	copies      func() int               // how often an answer to a load arrives
 	stale       func(*getRequest) bool   // makes a leader of yesterday answer, who has none of what is asked for
 	headsMost   int
 	windowBytes int           // of events that a backward read holds
+	streamBytes int           // of events that a forward read of one stream holds
 	lookEvery   time.Duration // how often the stream's settings are looked at
 }
 
@@ -95,7 +98,7 @@ func defaults() settings {
 	return settings{
 		stream: DefaultStream, replicas: 0, create: true, patience: 30 * time.Second,
 		tailEvents: 8192, tailBytes: 16 << 20, now: time.Now, logger: slog.Default(),
-		attempt: 3 * time.Second, headsMost: 1 << 16, lookEvery: lookEvery, windowBytes: 4 << 20,
+		attempt: 3 * time.Second, headsMost: 1 << 16, lookEvery: lookEvery, windowBytes: 4 << 20, streamBytes: 32 << 20,
 	}
 }
 
@@ -402,6 +405,7 @@ func (s *Store) Close() error {
 		s.follower.close()
 		s.writing.Wait()
 		s.calls.Wait()
+		s.pipe.close()
 		s.stop()
 		s.work.Wait()
 		if s.ownConn {

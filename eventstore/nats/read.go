@@ -82,7 +82,7 @@ func (s subjects) filter(q eventstore.Query) string {
 }
 
 // longStream is from how many events on a stream is read by pages: it would not
-// be held in memory.
+// be held in memory. So is one of more than streamBytes.
 const longStream = 2048
 
 // readStream gives the stream's matching events to give, until it returns false.
@@ -107,31 +107,24 @@ func (s *Store) readStream(ctx context.Context, of eventstore.Stream, q eventsto
 	}
 	h := headOf(last)
 	if o.Backward {
-		return s.readBackward(ctx, of, h, q, o, through, give)
+		return s.readBackward(ctx, of, h, last, q, o, through, give)
 	}
-	var events []eventstore.Recorded
-	err = s.within(ctx, func(ctx context.Context) error {
-		for version := h.version; version > 0; {
-			part, err := s.history(ctx, of, h, 0, pointers)
-			if err != nil {
-				return err
-			}
-			for _, m := range part {
-				if m.Position <= o.After {
-					return nil
-				}
-				if m.Position <= through && q.Matches(&m.Recorded) {
-					events = append(events, m.Recorded)
-				}
-			}
-			oldest := part[len(part)-1]
-			version = oldest.Version - 1
-			h = head{version: version, previous: oldest.previous}
-		}
-		return nil
+	var found []*message
+	err = s.within(ctx, func(ctx context.Context) (err error) {
+		found, err = s.walk(ctx, of, h, last, 0, o.After, 0, s.settings.streamBytes)
+		return err
 	})
 	if err != nil {
 		return err
+	}
+	if first := found[len(found)-1]; first.Version > 1 && first.Position > o.After { // it is too large to be held
+		return s.readPages(ctx, q, o.After, through, false, give)
+	}
+	var events []eventstore.Recorded
+	for _, m := range found {
+		if m.Position > o.After && m.Position <= through && q.Matches(&m.Recorded) {
+			events = append(events, m.Recorded)
+		}
 	}
 	slices.Reverse(events)
 	give(events)
@@ -147,11 +140,11 @@ func (s *Store) within(ctx context.Context, fn func(context.Context) error) erro
 	return fn(ctx)
 }
 
-func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, q eventstore.Query, o eventstore.ReadOptions, through eventstore.Position, give func([]eventstore.Recorded) bool) error {
+func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, last *message, q eventstore.Query, o eventstore.ReadOptions, through eventstore.Position, give func([]eventstore.Recorded) bool) error {
 	for version := h.version; version > 0; {
 		var part []*message
 		err := s.within(ctx, func(ctx context.Context) (err error) {
-			part, err = s.history(ctx, of, h, 0, pointers)
+			part, err = s.walk(ctx, of, h, last, 0, o.After, pointers, 0)
 			return err
 		})
 		if err != nil {
@@ -170,7 +163,7 @@ func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, 
 		if oldest.Position <= o.After {
 			return nil
 		}
-		version = oldest.Version - 1
+		version, last = oldest.Version-1, nil
 		h = head{version: version, previous: oldest.previous}
 	}
 	return nil
