@@ -99,7 +99,7 @@ func (s *Store) Enqueue(ctx context.Context, c eventstore.Commit) *eventstore.Pe
 
 // newEntry refuses what cannot be written.
 func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
-	c, err := c.Prepare(s.limits, s.now)
+	c, err := c.Prepare(s.Limits(), s.now)
 	if err != nil {
 		return nil, err
 	}
@@ -113,8 +113,8 @@ func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
 			return nil, err
 		}
 		n := size(e.encoded[i]) + placeHeaders
-		if most := s.payload; most > 0 && int64(n) > most {
-			return nil, fmt.Errorf("%w: event %q of stream %q needs %d bytes with its headers, at most %d are allowed by the server's max_payload", eventstore.ErrTooLarge, c.Events[i].Type, of, n, most)
+		if most := s.payload.Load(); most > 0 && int64(n) > most {
+			return nil, fmt.Errorf("%w: event %q of stream %q needs %d bytes with its headers, at most %d are allowed by the server's max_payload or the stream's max_msg_size", eventstore.ErrTooLarge, c.Events[i].Type, of, n, most)
 		}
 		e.bytes += n
 	}

@@ -74,7 +74,8 @@ func TestChaos_NodeCutOff(t *testing.T) {
 // verdicts are what writers were told about their commits, by the ids of events.
 type verdicts struct {
 	mu                                               sync.Mutex
-	acknowledged, unknown, refused                   map[uuid.UUID]eventstore.Revision
+	acknowledged, unknown                            map[uuid.UUID]eventstore.Revision
+	refused                                          map[uuid.UUID]error
 	commits, conflicts, unknowns, unavailable, again int
 }
 
@@ -104,7 +105,7 @@ func chaos(t *testing.T, harm func(context.Context, *testing.T, *natsserver.Clus
 		listen(following, stores[0], eventstore.All()), listen(following, stores[1], eventstore.All()),
 		listen(following, stores[2], eventstore.OneCategory("own")), listen(following, stores[0], eventstore.OfTypes("shared.happened")),
 	}
-	v := &verdicts{acknowledged: map[uuid.UUID]eventstore.Revision{}, unknown: map[uuid.UUID]eventstore.Revision{}, refused: map[uuid.UUID]eventstore.Revision{}}
+	v := &verdicts{acknowledged: map[uuid.UUID]eventstore.Revision{}, unknown: map[uuid.UUID]eventstore.Revision{}, refused: map[uuid.UUID]error{}}
 	var writers sync.WaitGroup
 	for w := range 64 {
 		r := rand.New(rand.NewPCG(seed, uint64(w)))
@@ -207,7 +208,7 @@ func write(ctx context.Context, s *Store, w int, r *rand.Rand, v *verdicts) {
 func (v *verdicts) note(c eventstore.Commit, r eventstore.Receipt, err error) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	to := v.refused
+	var to map[uuid.UUID]eventstore.Revision
 	switch {
 	case err == nil:
 		v.commits++
@@ -221,7 +222,11 @@ func (v *verdicts) note(c eventstore.Commit, r eventstore.Receipt, err error) {
 		v.unavailable++
 	}
 	for _, e := range c.Events {
-		to[e.ID] = r.Revision(e.Stream)
+		if to == nil {
+			v.refused[e.ID] = err
+		} else {
+			to[e.ID] = r.Revision(e.Stream)
+		}
 	}
 }
 
@@ -237,8 +242,8 @@ func (v *verdicts) check(t *testing.T, all []eventstore.Recorded) {
 		require.Equal(t, versions[r.Stream], r.Version, "versions of %s", r.Stream)
 		require.False(t, seen[r.ID], "event %s is there twice", r.ID)
 		seen[r.ID] = true
-		_, refused := v.refused[r.ID]
-		require.False(t, refused, "event %s is there, but its writer was told that it was not written", r.ID)
+		told, refused := v.refused[r.ID]
+		require.False(t, refused, "event %s of stream %s, version %d, position %d, is there, but its writer was told that it was not written: %v", r.ID, r.Stream, r.Version, r.Position, told)
 		_, acknowledged := v.acknowledged[r.ID]
 		_, unknown := v.unknown[r.ID]
 		require.True(t, acknowledged || unknown, "event %s was written by nobody", r.ID)

@@ -42,19 +42,26 @@
 //
 // A commit has at most 1,000 messages, those for such conditions included: an
 // atomic batch of the server takes no more. An event must fit into the server's
-// max_payload with 64 KiB for its headers: with the default of 1 MiB it may have
-// 960 KiB ([Store.Limits]).
+// max_payload, and the stream's max_msg_size, with 64 KiB for its headers: with
+// the default of 1 MiB it may have 960 KiB ([Store.Limits]).
 //
 // Queries for a stream, a category or one slice are answered by subject, and so
 // is a query of several items when all of them are about the same one of these.
 // Every other query reads all subjects; types and tags are always looked at in
 // the program.
 //
-// # What must not be changed while the log is open
+// # What is changed while the log is open
 //
-// The stream's settings and the number of its replicas are looked at when the
-// log is opened, not afterwards. Limits that are set later can take events away
-// before anybody notices; open the log anew after each change.
+// The stream is looked at every five seconds: its settings, its metadata and how
+// many messages it says to have. When a setting has become bad, appends and
+// subscriptions fail with eventstore.ErrUnavailable and the name of the setting
+// until it is put right. When events were removed, or the stream was made anew,
+// they fail with eventstore.ErrGap until the program is restarted. A server that
+// does not answer says nothing about the stream. Up to the next look appends are
+// acknowledged as ever: limits that remove events must not be set at all.
+//
+// The number of replicas and max_msg_size may be changed, to no fewer than
+// [Replicas] asked for and no less than 128 KiB.
 //
 // # How events are stored
 //

@@ -72,11 +72,11 @@ func (s *Store) prepare(ctx context.Context) error {
 	if err := s.check(&info.Config); err != nil {
 		return err
 	}
-	s.logID = info.Config.Metadata[metadataLogID]
-	s.replicas.Store(int32(info.Config.Replicas))
+	s.logID, s.created = info.Config.Metadata[metadataLogID], info.Created
+	s.adopt(&info.Config)
 	s.saw(info.State.LastSeq)
-	if info.State.Msgs != info.State.LastSeq {
-		return fmt.Errorf("%w: the stream has %d messages, but its last sequence is %d: messages were removed", eventstore.ErrGap, info.State.Msgs, info.State.LastSeq)
+	if err := missingEvents(&info.State); err != nil {
+		return err
 	}
 	s.warn(ctx)
 	return nil
@@ -85,11 +85,9 @@ func (s *Store) prepare(ctx context.Context) error {
 // streamInfo asks until there is an answer: a cluster may be electing a leader.
 func (s *Store) streamInfo(ctx context.Context) (*jetstream.StreamInfo, error) {
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, time.Second) {
-		once, cancel := context.WithTimeout(ctx, s.settings.attempt)
-		stream, err := s.js.Stream(once, s.settings.stream)
-		cancel()
+		info, err := s.ask(ctx)
 		if err == nil {
-			return stream.CachedInfo(), nil
+			return info, nil
 		}
 		if errors.Is(err, jetstream.ErrStreamNotFound) || errors.Is(err, jetstream.ErrJetStreamNotEnabled) || errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount) {
 			return nil, err
@@ -124,8 +122,17 @@ func (s *Store) createStream(ctx context.Context) (*jetstream.StreamInfo, error)
 
 // check refuses a stream that could lose events or that lacks what is needed.
 func (s *Store) check(c *jetstream.StreamConfig) error {
+	err := s.flaw(c)
+	if err == nil || errors.Is(err, eventstore.ErrNewerVersion) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", eventstore.ErrInvalid, err)
+}
+
+// flaw says which setting of the stream is bad.
+func (s *Store) flaw(c *jetstream.StreamConfig) error {
 	bad := func(setting, is, needed string) error {
-		return fmt.Errorf("%w: the stream's setting %s is %s, needed is %s: events could be lost or appends could not be checked", eventstore.ErrInvalid, setting, is, needed)
+		return fmt.Errorf("the stream's setting %s is %s, needed is %s: events could be lost or appends could not be checked: change it with \"nats stream edit\"", setting, is, needed)
 	}
 	limit := func(n int64) bool { return n > 0 }
 	switch {
@@ -141,6 +148,8 @@ func (s *Store) check(c *jetstream.StreamConfig) error {
 		return bad("discard", "old with max_msgs "+strconv.FormatInt(c.MaxMsgs, 10), "new")
 	case c.Discard == jetstream.DiscardOld && limit(c.MaxBytes):
 		return bad("discard", "old with max_bytes "+strconv.FormatInt(c.MaxBytes, 10), "new")
+	case c.MaxMsgSize > 0 && c.MaxMsgSize < smallestMessage:
+		return bad("max_msg_size", strconv.Itoa(int(c.MaxMsgSize)), fmt.Sprintf("-1, unlimited, or at least %d", smallestMessage))
 	case c.AllowRollup:
 		return bad("allow_rollup_hdrs", "true", "false")
 	case c.AllowMsgTTL:
@@ -164,12 +173,12 @@ func (s *Store) check(c *jetstream.StreamConfig) error {
 	case len(c.Subjects) != 1 || c.Subjects[0] != s.subjects.all():
 		return bad("subjects", fmt.Sprintf("%q", c.Subjects), fmt.Sprintf("[%q]", s.subjects.all()))
 	case c.Replicas < s.settings.replicas:
-		return fmt.Errorf("%w: the stream has %d replicas, %d were asked for: change it with \"nats stream edit\"", eventstore.ErrInvalid, c.Replicas, s.settings.replicas)
+		return fmt.Errorf("the stream has %d replicas, %d were asked for: change it with \"nats stream edit\"", c.Replicas, s.settings.replicas)
 	case c.Metadata[metadataLogID] == "":
-		return fmt.Errorf("%w: the stream has no %s in its metadata: it was not made for deed", eventstore.ErrInvalid, metadataLogID)
+		return fmt.Errorf("the stream has no %s in its metadata: it was not made for deed", metadataLogID)
 	}
 	if f, err := strconv.Atoi(c.Metadata[metadataFormat]); err != nil || f < 1 {
-		return fmt.Errorf("%w: the stream's metadata %s is %q: it was not made for deed", eventstore.ErrInvalid, metadataFormat, c.Metadata[metadataFormat])
+		return fmt.Errorf("the stream's metadata %s is %q: it was not made for deed", metadataFormat, c.Metadata[metadataFormat])
 	} else if f > format {
 		return fmt.Errorf("%w: the stream is written in format %d, this program knows up to %d", eventstore.ErrNewerVersion, f, format)
 	}

@@ -87,6 +87,9 @@ func (h *heads) put(stream eventstore.Stream, now head, replace bool) {
 			return
 		}
 		r := e.Value.(*rememberedHead)
+		if now.sequence < r.head.sequence {
+			return // who says so has looked earlier
+		}
 		h.weight += weight - r.weight
 		r.head, r.weight = now, weight
 		h.order.MoveToFront(e)
@@ -94,6 +97,11 @@ func (h *heads) put(stream eventstore.Stream, now head, replace bool) {
 		h.weight += weight
 		h.known[stream] = h.order.PushFront(&rememberedHead{stream, now, weight})
 	}
+	h.evict()
+}
+
+// evict forgets what was used longest ago, but not all. The lock is held.
+func (h *heads) evict() {
 	for h.weight > h.most && h.order.Len() > 1 {
 		e := h.order.Back()
 		r := h.order.Remove(e).(*rememberedHead)
@@ -113,11 +121,19 @@ func (h *heads) keys(stream eventstore.Stream) *keys {
 // keep remembers the keys beside the head. What is known of the head already is
 // not replaced: it belongs to whoever writes the stream.
 func (h *heads) keep(stream eventstore.Stream, now head, k *keys) {
+	weight := 1 + k.size()
 	h.mu.Lock()
 	e, ok := h.known[stream]
 	if ok {
-		if r := e.Value.(*rememberedHead); r.head.keys == nil {
+		r := e.Value.(*rememberedHead)
+		if r.head.keys == nil {
 			r.head.keys = k
+		}
+		if r.head.keys == k {
+			h.weight += weight - r.weight
+			r.weight = weight
+			h.order.MoveToFront(e)
+			h.evict()
 		}
 	}
 	h.mu.Unlock()

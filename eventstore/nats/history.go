@@ -11,34 +11,9 @@ import (
 
 // history returns the events of the stream that ends at the head, down to but
 // without the given version, the last one first; most of them at most, if that
-// is not 0. It follows the pointers, a handful of messages at once.
+// is not 0.
 func (s *Store) history(ctx context.Context, of eventstore.Stream, h head, above uint64, most int) ([]*message, error) {
-	var all []*message
-	version, next := h.version, h.previous
-	for version > above && (most == 0 || len(all) < most) {
-		if n := version - above; uint64(len(next)) > n {
-			next = next[:n]
-		}
-		if most > 0 && len(next) > most-len(all) {
-			next = next[:most-len(all)]
-		}
-		if len(next) == 0 {
-			return nil, fmt.Errorf("%w: nothing points to version %d of stream %q", eventstore.ErrGap, version, of)
-		}
-		found, err := s.many(ctx, next)
-		if err != nil {
-			return nil, err
-		}
-		for _, m := range found {
-			if m.Stream != of || m.Version != version {
-				return nil, fmt.Errorf("%w: version %d of stream %q was expected at sequence %d, where version %d of %q is", eventstore.ErrGap, version, of, m.Position, m.Version, m.Stream)
-			}
-			version--
-		}
-		all = append(all, found...)
-		next = found[len(found)-1].previous
-	}
-	return all, nil
+	return s.walk(ctx, of, h, nil, above, 0, most, 0)
 }
 
 // receiptOf reads the commit whose first event is at the sequence.

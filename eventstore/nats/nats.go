@@ -28,19 +28,21 @@ type Store struct {
 	js       jetstream.JetStream
 	subjects subjects
 	logID    string
-	limits   eventstore.Limits
+	created  time.Time // when the stream was made
 	now      func() time.Time
 	replicas atomic.Int32
 	known    atomic.Uint64 // the highest sequence this process knows to be stored
 	newest   newest
 	// The connection's own answers wait while it writes.
-	payload   int64 // the server's max_payload
+	payload   atomic.Int64 // the largest message: the server's max_payload or the stream's max_msg_size
 	connected atomic.Bool
 	changes   atomic.Uint64 // of the connection's state
 
+	guard     guard
 	heads     heads
 	scheduler scheduler
 	follower  follower
+	pipe      pipe
 
 	closing   chan struct{} // closed when Close begins
 	base      context.Context
@@ -74,13 +76,19 @@ type settings struct {
 	system     *client.Conn
 
 	// For tests.
-	attempt   time.Duration            // how long one request may take before it is asked what became of it
-	grouping  int                      // from how many waiting commits on they share a batch; 0: by replicas
-	hold      func() bool              // nothing is taken out of what waits while it is true
-	sending   func([]*client.Msg)      // called before messages are sent
-	swallow   func([]*client.Msg) bool // makes messages get lost on their way, or late
-	dropReply func() bool              // makes an answer get lost
-	headsMost int
+	attempt     time.Duration            // how long one request may take before it is asked what became of it
+	grouping    int                      // from how many waiting commits on they share a batch; 0: by replicas
+	hold        func() bool              // nothing is taken out of what waits while it is true
+	sending     func([]*client.Msg)      // called before messages are sent
+	swallow     func([]*client.Msg) bool // makes messages get lost on their way, or late
+	dropReply   func() bool              // makes an answer get lost
+	reply       func([]byte) []byte      // makes another server answer first
+	copies      func() int               // how often an answer to a load arrives
+	stale       func(*getRequest) bool   // makes a leader of yesterday answer, who has none of what is asked for
+	headsMost   int
+	windowBytes int           // of events that a backward read holds
+	streamBytes int           // of events that a forward read of one stream holds
+	lookEvery   time.Duration // how often the stream's settings are looked at
 }
 
 // DefaultStream is the JetStream stream of a log unless [Stream] says otherwise.
@@ -90,7 +98,7 @@ func defaults() settings {
 	return settings{
 		stream: DefaultStream, replicas: 0, create: true, patience: 30 * time.Second,
 		tailEvents: 8192, tailBytes: 16 << 20, now: time.Now, logger: slog.Default(),
-		attempt: 3 * time.Second, headsMost: 1 << 16,
+		attempt: 3 * time.Second, headsMost: 1 << 16, lookEvery: lookEvery, windowBytes: 4 << 20, streamBytes: 32 << 20,
 	}
 }
 
@@ -326,10 +334,9 @@ func open(ctx context.Context, conn *client.Conn, set settings) (*Store, error) 
 		return nil, fmt.Errorf("%w: %w", eventstore.ErrInvalid, err)
 	}
 	s := &Store{
-		settings: set, conn: conn, js: js, subjects: subjects{set.stream}, now: set.now, limits: limitsOf(conn),
+		settings: set, conn: conn, js: js, subjects: subjects{set.stream}, now: set.now,
 		closing: make(chan struct{}),
 	}
-	s.payload = conn.MaxPayload()
 	s.heads.init(set.headsMost)
 	s.base, s.stop = context.WithCancel(context.Background())
 	s.scheduler.init(s)
@@ -344,6 +351,7 @@ func open(ctx context.Context, conn *client.Conn, set settings) (*Store, error) 
 		return nil, fmt.Errorf("open stream %q: %w", set.stream, err)
 	}
 	s.watch()
+	s.work.Go(s.look)
 	s.writing.Go(s.scheduler.run)
 	return s, nil
 }
@@ -369,21 +377,22 @@ func (s *Store) watch() {
 	})
 }
 
-// limitsOf returns what fits into the server's messages, headers included.
-func limitsOf(conn *client.Conn) eventstore.Limits {
+// headerAllowance is what is set aside for headers in the largest message.
+const headerAllowance = 64 << 10
+
+// smallestMessage is the least that max_payload and max_msg_size must allow.
+const smallestMessage = 2 * headerAllowance
+
+// Limits returns what one commit and one event may have. They depend on the
+// server's max_payload and the stream's max_msg_size: with the default, 1 MiB,
+// an event may have 960 KiB, its headers not counted.
+func (s *Store) Limits() eventstore.Limits {
 	limits := eventstore.DefaultLimits()
-	if most := conn.MaxPayload(); most > 0 {
+	if most := s.payload.Load(); most > 0 {
 		limits.EventBytes = max(min(limits.EventBytes, int(most)-headerAllowance), 1)
 	}
 	return limits
 }
-
-// headerAllowance is what is set aside for headers in the largest message.
-const headerAllowance = 64 << 10
-
-// Limits returns what one commit and one event may have. They depend on the
-// server's max_payload: with its default, 1 MiB, an event may have 960 KiB.
-func (s *Store) Limits() eventstore.Limits { return s.limits }
 
 // Close refuses further calls, finishes what is being written and ends
 // subscriptions with eventstore.ErrClosed. Closing again returns the same.
@@ -396,6 +405,7 @@ func (s *Store) Close() error {
 		s.follower.close()
 		s.writing.Wait()
 		s.calls.Wait()
+		s.pipe.close()
 		s.stop()
 		s.work.Wait()
 		if s.ownConn {

@@ -118,6 +118,9 @@ func (s *Store) reread(ctx context.Context, p *plan, streams []eventstore.Stream
 func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventstore.Stream]bool) error {
 	for {
 		if t := p.tracks[e.writes[0]]; e.sent && t.base.sequence != e.base.sequence {
+			if t.base.sequence < e.base.sequence { // nothing can be concluded from it
+				return errRewound(e.writes[0], e.base, t.base)
+			}
 			if written, err := s.wasWritten(ctx, e, t.base); written || err != nil {
 				return err
 			}

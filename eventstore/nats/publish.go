@@ -40,7 +40,25 @@ const (
 	codeIncomplete            = 10176
 	codeManyInFlight          = 10210
 	codeStoreFailed           = 10077
+	codeAccountFull           = 10002
+	codeInsufficient          = 10023
+	codeStorageFull           = 10047
 )
+
+// full says that the server has no room for the messages: nothing was written,
+// and trying again does not help until somebody makes room.
+func full(refused *jetstream.APIError) bool {
+	switch refused.ErrorCode {
+	case codeAccountFull, codeInsufficient, codeStorageFull:
+		return true
+	case codeStoreFailed: // said of every failure to store; these two are checked before
+		return strings.Contains(refused.Description, "maximum messages") || strings.Contains(refused.Description, "maximum bytes")
+	}
+	return false
+}
+
+// errFull marks an answer that is full.
+var errFull = errors.New("there is no more room")
 
 // execute finds the outcome of every entry of the group. Nobody else writes
 // their streams from this process meanwhile.
@@ -62,6 +80,10 @@ func (s *Store) execute(group []*entry) {
 		reconnects := s.conn.Stats().Reconnects
 		if err := s.verifyReconnected(s.base); err != nil {
 			s.giveUp(pending, err)
+			return
+		}
+		if _, wrong := s.guard.state(); wrong != nil {
+			s.giveUp(pending, wrong)
 			return
 		}
 		p, err := s.plan(s.base, pending, known, fruitless > 2)
@@ -93,13 +115,15 @@ func (s *Store) execute(group []*entry) {
 		}
 		trouble = err
 		pending = p.back()
-		if outcome == outcomeUnknown {
+		if outcome == outcomeUnknown || s.replicas.Load() > 1 && s.disputable(outcome, err) {
+			// One that takes itself for the leader still may have refused what the leader
+			// writes: of several servers a refusal is the first answer, not the only one.
 			for _, e := range p.entries {
 				e.uncertain = true
 			}
 		}
 		if outcome == outcomeRefused {
-			if _, refused := errors.AsType[*jetstream.APIError](err); refused && !transient(err) {
+			if _, refused := errors.AsType[*jetstream.APIError](err); refused && (errors.Is(err, errFull) || !transient(err)) {
 				if len(p.entries) == 1 {
 					s.giveUp(p.entries, err)
 					continue
@@ -137,6 +161,19 @@ func (s *Store) execute(group []*entry) {
 			wait = min(2*wait, 250*time.Millisecond)
 		}
 	}
+}
+
+// disputable reports whether another server may have written what was refused.
+// Nobody writes a message that is too large, and when all replicas follow the
+// leader there is nobody else who could have thought that there is no room.
+func (s *Store) disputable(o outcome, err error) bool {
+	if _, answered := errors.AsType[*jetstream.APIError](err); !answered {
+		return false
+	}
+	if errors.Is(err, errFull) {
+		return !s.leads(s.base, 0)
+	}
+	return o == outcomeMoved || errors.Is(err, errAgain)
 }
 
 // begin marks the plan's entries as sent; false when one was given up.
@@ -223,6 +260,9 @@ func (s *Store) send(p *plan, reconnects uint64) (result outcome, first uint64, 
 		}
 		return outcomeUnknown, 0, fmt.Errorf("no answer from the server: %w", err)
 	}
+	if s.settings.reply != nil {
+		answer.Data = s.settings.reply(answer.Data)
+	}
 	var ack struct {
 		Error    *jetstream.APIError `json:"error"`
 		Stream   string              `json:"stream"`
@@ -233,16 +273,14 @@ func (s *Store) send(p *plan, reconnects uint64) (result outcome, first uint64, 
 		return outcomeUnknown, 0, fmt.Errorf("the server's answer cannot be understood: %w", err)
 	}
 	if refused := ack.Error; refused != nil {
+		if full(refused) {
+			return outcomeRefused, 0, fmt.Errorf("%w for stream %q: raise its max_msgs or max_bytes, or the storage of the account or of the server: %w", errFull, s.settings.stream, refused)
+		}
 		switch refused.ErrorCode {
 		case codeWrongSequence, codeWrongSequenceConstant:
 			return outcomeMoved, 0, refused
 		case codeIncomplete, codeManyInFlight:
 			return outcomeRefused, 0, fmt.Errorf("%w: %w", errAgain, refused)
-		case codeStoreFailed:
-			if strings.Contains(refused.Description, "maximum") { // a limit of the stream
-				return outcomeRefused, 0, refused
-			}
-			return outcomeUnknown, 0, refused
 		}
 		if refused.Code >= 500 {
 			return outcomeUnknown, 0, refused

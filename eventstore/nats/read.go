@@ -82,7 +82,7 @@ func (s subjects) filter(q eventstore.Query) string {
 }
 
 // longStream is from how many events on a stream is read by pages: it would not
-// be held in memory.
+// be held in memory. So is one of more than streamBytes.
 const longStream = 2048
 
 // readStream gives the stream's matching events to give, until it returns false.
@@ -107,31 +107,24 @@ func (s *Store) readStream(ctx context.Context, of eventstore.Stream, q eventsto
 	}
 	h := headOf(last)
 	if o.Backward {
-		return s.readBackward(ctx, of, h, q, o, through, give)
+		return s.readBackward(ctx, of, h, last, q, o, through, give)
 	}
-	var events []eventstore.Recorded
-	err = s.within(ctx, func(ctx context.Context) error {
-		for version := h.version; version > 0; {
-			part, err := s.history(ctx, of, h, 0, pointers)
-			if err != nil {
-				return err
-			}
-			for _, m := range part {
-				if m.Position <= o.After {
-					return nil
-				}
-				if m.Position <= through && q.Matches(&m.Recorded) {
-					events = append(events, m.Recorded)
-				}
-			}
-			oldest := part[len(part)-1]
-			version = oldest.Version - 1
-			h = head{version: version, previous: oldest.previous}
-		}
-		return nil
+	var found []*message
+	err = s.within(ctx, func(ctx context.Context) (err error) {
+		found, err = s.walk(ctx, of, h, last, 0, o.After, 0, s.settings.streamBytes)
+		return err
 	})
 	if err != nil {
 		return err
+	}
+	if first := found[len(found)-1]; first.Version > 1 && first.Position > o.After { // it is too large to be held
+		return s.readPages(ctx, q, o.After, through, false, give)
+	}
+	var events []eventstore.Recorded
+	for _, m := range found {
+		if m.Position > o.After && m.Position <= through && q.Matches(&m.Recorded) {
+			events = append(events, m.Recorded)
+		}
 	}
 	slices.Reverse(events)
 	give(events)
@@ -147,11 +140,11 @@ func (s *Store) within(ctx context.Context, fn func(context.Context) error) erro
 	return fn(ctx)
 }
 
-func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, q eventstore.Query, o eventstore.ReadOptions, through eventstore.Position, give func([]eventstore.Recorded) bool) error {
+func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, last *message, q eventstore.Query, o eventstore.ReadOptions, through eventstore.Position, give func([]eventstore.Recorded) bool) error {
 	for version := h.version; version > 0; {
 		var part []*message
 		err := s.within(ctx, func(ctx context.Context) (err error) {
-			part, err = s.history(ctx, of, h, 0, pointers)
+			part, err = s.walk(ctx, of, h, last, 0, o.After, pointers, 0)
 			return err
 		})
 		if err != nil {
@@ -170,7 +163,7 @@ func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, 
 		if oldest.Position <= o.After {
 			return nil
 		}
-		version = oldest.Version - 1
+		version, last = oldest.Version-1, nil
 		h = head{version: version, previous: oldest.previous}
 	}
 	return nil
@@ -203,7 +196,7 @@ func (s *Store) readPages(ctx context.Context, q eventstore.Query, after, throug
 		return nil
 	}
 	// The server reads forward only: windows are read so, the last one first, and
-	// grow while they hold little.
+	// grow while they hold little. Of one that holds much the end is kept.
 	window := eventstore.Position(pageEvents)
 	for after < through {
 		from := after
@@ -211,24 +204,48 @@ func (s *Store) readPages(ctx context.Context, q eventstore.Query, after, throug
 			from = through - window
 		}
 		var events []eventstore.Recorded
+		bytes := 0
 		for at := from; at < through; {
 			found, reached, err := s.scan(ctx, q, at, through)
 			if err != nil {
 				return err
 			}
+			for i := range found {
+				bytes += weigh(&found[i])
+			}
 			events = append(events, found...)
+			drop := 0
+			for ; bytes > s.settings.windowBytes && drop < len(events)-1; drop++ {
+				bytes -= weigh(&events[drop])
+				from = events[drop].Position
+			}
+			if drop > 0 {
+				events = slices.Clone(events[drop:]) // lets the others go
+			}
 			at = reached
 		}
 		slices.Reverse(events)
 		if !give(events) {
 			return nil
 		}
-		if len(events) < pageEvents/4 {
+		switch {
+		case bytes > s.settings.windowBytes/2: // what was dropped is read again
+			window = max(through-from, 1)
+		case len(events) < pageEvents/4:
 			window = min(2*window, 64*pageEvents)
 		}
 		through = from
 	}
 	return nil
+}
+
+// weigh returns about how much memory an event takes.
+func weigh(r *eventstore.Recorded) int {
+	n := len(r.Data) + 512
+	for _, tag := range r.Tags {
+		n += len(tag) + 16
+	}
+	return n
 }
 
 // scan returns a page of the matching events in (after, through], where
@@ -238,27 +255,36 @@ func (s *Store) scan(ctx context.Context, q eventstore.Query, after, through eve
 		return nil, 0, err
 	}
 	defer s.leave()
-	filter := s.subjects.filter(q)
+	return s.scanBy(ctx, s.subjects.filter(q), q, after, through)
+}
+
+func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, after, through eventstore.Position) ([]eventstore.Recorded, eventstore.Position, error) {
 	whole := filter == s.subjects.all()
 	most := int(min(through-after, pageEvents))
 	page, more, err := s.page(ctx, filter, uint64(after)+1, most)
 	if err != nil {
 		return nil, 0, err
 	}
+	unproven := false
 	if !more && !whole && (len(page) == 0 || page[len(page)-1].Position < through) {
 		// A replica that lags has told what it knows. The leader knows whether there is
-		// more.
+		// more, but so does a leader of yesterday think; then the messages themselves
+		// are looked at, of which none can be missed.
 		from := after
 		if len(page) > 0 {
 			from = page[len(page)-1].Position
 		}
-		next, err := s.next(ctx, filter, uint64(from)+1)
-		if err != nil {
-			return nil, 0, err
-		}
-		if next != nil {
-			page = append(page, next)
-			more = true
+		if s.replicas.Load() > 1 && (through-from <= pageEvents || !s.leads(ctx, uint64(through))) {
+			unproven = true
+		} else {
+			next, err := s.next(ctx, filter, uint64(from)+1)
+			if err != nil {
+				return nil, 0, err
+			}
+			if next != nil {
+				page = append(page, next)
+				more = true
+			}
 		}
 	}
 	reached := after
@@ -284,6 +310,10 @@ func (s *Store) scan(ctx context.Context, q eventstore.Query, after, through eve
 		if m.isEvent() && q.Matches(&m.Recorded) {
 			events = append(events, m.Recorded)
 		}
+	}
+	if unproven {
+		rest, reached, err := s.scanBy(ctx, s.subjects.all(), q, reached, through)
+		return append(events, rest...), reached, err
 	}
 	if !more && !whole {
 		reached = through

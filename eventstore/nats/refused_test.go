@@ -7,9 +7,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/natsserver"
 )
 
 // One commit cannot be written for a reason that the server does not tell in the
@@ -22,6 +24,7 @@ func TestStore_RefusedBatchWithOthers(t *testing.T) {
 		store, name := openLog(t, c, Patience(5*time.Second), hooked(func(s *settings) {
 			s.hold = func() bool { return !open.Load() }
 			s.grouping = 2
+			s.lookEvery = time.Hour // the new limit is not noticed
 		}))
 		s, err := store.js.Stream(t.Context(), name)
 		require.NoError(t, err)
@@ -48,38 +51,51 @@ func TestStore_RefusedBatchWithOthers(t *testing.T) {
 	}
 }
 
-// The log is full (discard new).
+// A log that is full says so at once, by the name of the limit, whatever the
+// patience; nothing is written, and there is room again when the limit is raised.
 func TestStore_Full(t *testing.T) {
 	t.Parallel()
-	c := shared.get(t, 1)
-	store, name := openLog(t, c, Patience(2*time.Second))
-	s, err := store.js.Stream(t.Context(), name)
-	require.NoError(t, err)
-	config := s.CachedInfo().Config
-	config.MaxMsgs = 3
-	_, err = store.js.UpdateStream(t.Context(), config)
-	require.NoError(t, err)
-	_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(account("ann"), 2)})
-	require.NoError(t, err)
-	began := time.Now()
-	_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(account("ann"), 3)})
-	t.Logf("batch: %v after %s", err, time.Since(began))
-	require.Error(t, err)
-	_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(account("ann"), 1)})
-	require.NoError(t, err)
-	began = time.Now()
-	_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(account("ann"), 1)})
-	t.Logf("one: %v after %s", err, time.Since(began))
-	require.Error(t, err)
-	require.Len(t, read(t, store, eventstore.All(), eventstore.ReadOptions{}), 3)
+	replicated(t, func(t *testing.T, c *natsserver.Cluster) {
+		for limit, set := range map[string]func(*jetstream.StreamConfig, int){
+			"maximum messages exceeded": func(c *jetstream.StreamConfig, n int) { c.MaxMsgs = int64(n) },
+			"maximum bytes exceeded":    func(c *jetstream.StreamConfig, n int) { c.MaxBytes = int64(n) * 400 },
+		} {
+			store, _ := openLog(t, c, Patience(time.Hour))
+			edit(t, store, func(c *jetstream.StreamConfig) { set(c, 4) })
+			ann := account("ann")
+			_, err := store.Append(t.Context(), eventstore.Commit{Events: happened(ann, 2)})
+			require.NoError(t, err)
+			refused := func(events []eventstore.Event) {
+				t.Helper()
+				before := len(read(t, store, eventstore.All(), eventstore.ReadOptions{}))
+				_, err := store.Append(t.Context(), eventstore.Commit{Events: events})
+				require.ErrorIs(t, err, eventstore.ErrUnavailable)
+				require.NotErrorIs(t, err, eventstore.ErrOutcomeUnknown)
+				require.ErrorContains(t, err, limit)
+				require.ErrorContains(t, err, "no more room")
+				require.Len(t, read(t, store, eventstore.All(), eventstore.ReadOptions{}), before)
+			}
+			refused(happened(ann, 5))
+			for err = nil; err == nil; {
+				_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(ann, 1)})
+			}
+			refused(happened(ann, 1))
+			edit(t, store, func(c *jetstream.StreamConfig) { set(c, 100) })
+			_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(ann, 3)})
+			require.NoError(t, err)
+		}
+	})
 }
 
-func reopenLogErr(t *testing.T, url, name string) error {
-	s, err := Open(context.Background(), url, Stream(name), quiet())
-	if err == nil {
-		_ = s.Close()
+// Which answers mean that there is no room, and which that nobody knows.
+func TestFull(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]bool{"maximum messages exceeded": true, "maximum bytes exceeded": true, "store is closed": false, "write error: no space left on device": false} {
+		require.Equal(t, want, full(&jetstream.APIError{Code: 503, ErrorCode: codeStoreFailed, Description: text}), text)
 	}
-	return err
+	for code, want := range map[jetstream.ErrorCode]bool{codeAccountFull: true, codeInsufficient: true, codeStorageFull: true, 10008: false, codeWrongSequence: false} {
+		require.Equal(t, want, full(&jetstream.APIError{Code: 500, ErrorCode: code}), "%d", code)
+	}
 }
 
 // Close while commits wait and are in flight and the server is away.

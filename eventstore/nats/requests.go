@@ -120,6 +120,9 @@ func (s *Store) request(ctx context.Context, subject string, r *getRequest) (*cl
 
 // direct asks any server that has the stream.
 func (s *Store) direct(ctx context.Context, r *getRequest) (*message, error) {
+	if s.settings.stale != nil && s.settings.stale(r) {
+		return nil, nil
+	}
 	m, err := s.request(ctx, "$JS.API.DIRECT.GET."+s.settings.stream, r)
 	if err != nil {
 		return nil, err
@@ -148,6 +151,9 @@ func (s *Store) answer(m *client.Msg) (*message, error) {
 // leader asks the server that leads the stream, which knows all that was
 // acknowledged.
 func (s *Store) leader(ctx context.Context, r *getRequest) (*message, error) {
+	if s.settings.stale != nil && s.settings.stale(r) {
+		return nil, nil
+	}
 	m, err := s.request(ctx, "$JS.API.STREAM.MSG.GET."+s.settings.stream, r)
 	if err != nil {
 		return nil, err
@@ -208,6 +214,12 @@ func (s *Store) last(ctx context.Context, subject string) (*message, error) {
 		if err == nil && subject == ">" && found != nil && !found.isEvent() {
 			return fmt.Errorf("%w: half a commit is visible", errAgain)
 		}
+		if err == nil && s.replicas.Load() > 1 && s.older(subject, found) {
+			if _, wrong := s.guard.state(); errors.Is(wrong, eventstore.ErrGap) {
+				return wrong // it is so
+			}
+			return errYesterday
+		}
 		return err
 	})
 	if err == nil && found != nil {
@@ -217,14 +229,45 @@ func (s *Store) last(ctx context.Context, subject string) (*message, error) {
 	return found, err
 }
 
+// older reports whether this process knows of a later message than the one that
+// is said to be the subject's last. It may be that the servers have lost it:
+// then calls fail until verify says so.
+func (s *Store) older(subject string, found *message) bool {
+	sequence := uint64(0)
+	if found != nil {
+		sequence = uint64(found.Position)
+	}
+	if subject == ">" {
+		return sequence < s.known.Load()
+	}
+	of, err := s.subjects.stream(subject)
+	if err != nil {
+		return false
+	}
+	h, ok := s.heads.get(of)
+	return ok && sequence < h.sequence
+}
+
+// yesterday is for how long a server that has lost touch with the others may
+// still take itself for the leader, and answer with what it had then: it looks
+// every ten seconds whether it has heard from most of them within ten.
+const yesterday = 25 * time.Second
+
+// errYesterday: the answer may be one of a leader of yesterday.
+var errYesterday = fmt.Errorf("%w: a server that does not lead any more may have answered", errAgain)
+
 // at returns the message with the sequence, which is known to be stored.
 func (s *Store) at(ctx context.Context, sequence uint64) (*message, error) {
 	var found *message
+	began := time.Now()
 	err := s.asking(ctx, "read a message", func(ctx context.Context) (err error) {
 		found, err = s.direct(ctx, &getRequest{Sequence: sequence})
 		if err == nil && found == nil || errors.Is(err, errMirror) {
 			// A replica that lags, or a mirror, does not have it.
 			found, err = s.leader(ctx, &getRequest{Sequence: sequence})
+		}
+		if err == nil && found == nil && s.replicas.Load() > 1 && time.Since(began) < yesterday {
+			return errYesterday
 		}
 		return err
 	})
@@ -251,6 +294,9 @@ func (s *Store) many(ctx context.Context, sequences []uint64) ([]*message, error
 // series sends a request that is answered by several messages, and gives each
 // to fn. It returns the headers of the end; nil when there was nothing.
 func (s *Store) series(ctx context.Context, r *getRequest, fn func(*message) error) (client.Header, error) {
+	if s.settings.stale != nil && s.settings.stale(r) {
+		return nil, nil
+	}
 	inbox := s.conn.NewRespInbox()
 	sub, err := s.conn.SubscribeSync(inbox)
 	if err != nil {

@@ -403,7 +403,14 @@ func TestServer_SyncSetting(t *testing.T) {
 func TestServer_DirectGetMayBeStale(t *testing.T) {
 	t.Parallel()
 	c := servers(t, 3)
-	store, name := openLog(t, c)
+	name := newName()
+	maker := reopenLog(t, c, name)
+	require.NoError(t, c.Settled(t.Context(), name))
+	// By the leader: clients of the node that is cut off stay with it.
+	store, err := Open(t.Context(), c.NodeURL(c.Leader(name)), Stream(name), quiet())
+	require.NoError(t, err)
+	defer func() { _ = store.Close() }()
+	require.NoError(t, maker.Close())
 	of := eventstore.Stream{Category: "account", ID: "ann"}
 	first, err := store.Append(t.Context(), eventstore.Commit{Events: happened(of, 1)})
 	require.NoError(t, err)

@@ -268,12 +268,7 @@ func (f *follower) consume(ctx context.Context) error {
 // hole finds out whether messages are missing in the log or were only not
 // delivered.
 func (f *follower) hole(ctx context.Context, want, got uint64) error {
-	var found *message
-	err := f.store.asking(ctx, "read a message", func(ctx context.Context) (err error) {
-		found, err = f.store.fresh(ctx, &getRequest{Sequence: want})
-		return err
-	})
-	if err == nil && found == nil {
+	if _, err := f.store.at(ctx, want); errors.Is(err, eventstore.ErrGap) {
 		return errHole(want, got)
 	}
 	return fmt.Errorf("the consumer delivered %d, not %d", got, want)
@@ -296,6 +291,11 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 		for first := begun >= after; ; { // not when after lies beyond the end
 			if err := ctx.Err(); err != nil {
 				fail(err)
+				return
+			}
+			bell, wrong := s.guard.state()
+			if wrong != nil {
+				fail(fmt.Errorf("subscribe: %w", wrong))
 				return
 			}
 			known := max(eventstore.Position(s.known.Load()), begun)
@@ -331,6 +331,7 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 			}
 			select {
 			case <-snapshot.Grown:
+			case <-bell:
 			case <-ctx.Done():
 			}
 		}

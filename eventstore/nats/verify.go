@@ -58,7 +58,7 @@ func (s *Store) verify(ctx context.Context) error {
 		return broken
 	}
 	var found *message
-	for n := range 20 {
+	for began := time.Now(); ; {
 		err := s.asking(ctx, "look for the last event", func(ctx context.Context) (err error) {
 			found, err = s.fresh(ctx, &getRequest{Sequence: sequence})
 			return err
@@ -66,11 +66,10 @@ func (s *Store) verify(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if found != nil || s.replicas.Load() == 1 {
+		if found != nil || s.replicas.Load() == 1 || time.Since(began) > yesterday {
 			break
 		}
-		// A leader of yesterday may have answered.
-		if !pause(ctx, time.Duration(n)*100*time.Millisecond) {
+		if !pause(ctx, 100*time.Millisecond) {
 			return ctx.Err()
 		}
 	}

@@ -36,7 +36,10 @@ func TestOne(t *testing.T) {
 	require.NoError(t, c.Start(0))
 	require.NoError(t, c.Settled(ctx, "x"))
 	require.Eventually(t, func() bool {
-		s, err := js.Stream(ctx, "x")
+		// A request that is lost with the old connection has no answer.
+		once, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		s, err := js.Stream(once, "x")
 		return err == nil && s.CachedInfo().State.LastSeq == 1
 	}, 30*time.Second, 10*time.Millisecond, "it is still there")
 }
