@@ -95,8 +95,13 @@
 //
 // # Deleted and truncated streams
 //
-// The streams of a log must be kept whole. Where the server's tools have been
-// used on them all the same:
+// The streams of a log must be kept whole: deleting or truncating one voids the
+// conditions and the idempotency keys of what was removed. A deleted stream takes
+// a commit that demands a new stream, and one that demands the version before the
+// deletion; a key of a removed event is new again, but to a process that
+// remembers it. What holds is the numbering: it goes on, no version is ever given
+// twice, and of two writers with one expectation one wins. Where the server's
+// tools have been used on a stream all the same:
 //
 //   - A deleted stream is empty. Appending to it succeeds, and the numbering goes
 //     on: the versions in the receipt do not begin at 1. Since its beginning is
