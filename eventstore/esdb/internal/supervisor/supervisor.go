@@ -252,12 +252,14 @@ func (g *Generation[C]) Succeeded() {
 }
 
 // Failed breaks the generation because of an error; until a call has worked,
-// the next ones are made with growing pauses.
+// the next ones are made with growing pauses. Unlike Break it does not wait: it
+// is called when the client has returned, perhaps by a call that counts as
+// starting itself.
 func (g *Generation[C]) Failed(err error) {
 	g.mu.Lock()
 	first := !g.broken
 	g.mu.Unlock()
-	g.Break()
+	g.refuse()
 	if first {
 		g.s.mu.Lock()
 		g.s.failure = err
