@@ -26,6 +26,7 @@ import (
 	"github.com/EventStore/EventStore-Client-Go/v4/esdb"
 	"github.com/google/uuid"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/deed-go/deed/eventstore/esdb/internal/driver"
@@ -146,6 +147,7 @@ func (d *Driver) do(ctx context.Context, fn func(context.Context, *esdb.Client) 
 		inner, cancel := d.within(ctx)
 		defer cancel()
 		err := classify(fn(passing{inner, started}, client))
+		started()
 		d.judge(g, err)
 		if ctx.Err() == nil {
 			failure = err
@@ -258,6 +260,10 @@ func classifyStatus(err error) driver.Kind {
 		return driver.NotFound
 	case codes.PermissionDenied, codes.Unauthenticated:
 		return driver.Denied
+	case codes.Unknown:
+		if strings.Contains(text, "no leader info") {
+			return driver.Aborted // the nodes are choosing one
+		}
 	case codes.Internal:
 		if strings.Contains(text, "rst_stream") || strings.Contains(text, "stream terminated") {
 			return driver.Aborted // the connection broke
@@ -366,7 +372,7 @@ func (d *Driver) SetMetadata(ctx context.Context, stream string, expected driver
 // ReadStream implements driver.Driver.
 func (d *Driver) ReadStream(ctx context.Context, stream string, from driver.StreamFrom, backward bool, count uint64) (driver.Reader, error) {
 	options := esdb.ReadStreamOptions{From: streamPosition(from), Direction: direction(backward)}
-	return d.read(ctx, func(ctx context.Context, client *esdb.Client) (*esdb.ReadStream, error) {
+	return d.read(ctx, from.Leader, func(ctx context.Context, client *esdb.Client) (*esdb.ReadStream, error) {
 		return client.ReadStream(ctx, stream, options, count)
 	})
 }
@@ -374,12 +380,16 @@ func (d *Driver) ReadStream(ctx context.Context, stream string, from driver.Stre
 // ReadAll implements driver.Driver.
 func (d *Driver) ReadAll(ctx context.Context, from driver.AllFrom, backward bool, count uint64) (driver.Reader, error) {
 	options := esdb.ReadAllOptions{From: allPosition(from), Direction: direction(backward)}
-	return d.read(ctx, func(ctx context.Context, client *esdb.Client) (*esdb.ReadStream, error) {
+	return d.read(ctx, from.Leader, func(ctx context.Context, client *esdb.Client) (*esdb.ReadStream, error) {
 		return client.ReadAll(ctx, options, count)
 	})
 }
 
-func (d *Driver) read(ctx context.Context, open func(context.Context, *esdb.Client) (*esdb.ReadStream, error)) (driver.Reader, error) {
+func (d *Driver) read(ctx context.Context, leader bool, open func(context.Context, *esdb.Client) (*esdb.ReadStream, error)) (driver.Reader, error) {
+	if leader {
+		// The client itself puts it where it is never sent.
+		ctx = metadata.AppendToOutgoingContext(ctx, "requires-leader", "true")
+	}
 	return start(ctx, d, func(ctx context.Context, client *esdb.Client) (func() (*driver.Recorded, error), func(), error) {
 		reading, err := open(ctx, client)
 		if err != nil {
