@@ -12,7 +12,7 @@ import (
 	"github.com/deed-go/deed/eventstore/esdb/internal/driver"
 )
 
-// R4: the receiver's time counts against Patience.
+// the receiver's time counts against Patience.
 type breaking struct {
 	*client
 	breakAt int // of events handed out by readers
@@ -55,7 +55,7 @@ func TestStore_SlowReceiverOfRead(t *testing.T) {
 	require.Equal(t, 3, n)
 }
 
-// R6: what findEnd has looked through is lost when patience ends.
+// what findEnd has looked through is lost when patience ends.
 type slow struct {
 	*client
 	most int // events of one read before the server is silent

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"strconv"
@@ -77,8 +76,6 @@ func (l *laggard) ReadStream(ctx context.Context, n string, f driver.StreamFrom,
 	}
 	return &cutReader{r, uint64(size - miss)}, nil
 }
-
-var _ = io.EOF
 
 // A multi-event commit read back from a node that lags.
 func TestStore_PositionsFromLaggingNode(t *testing.T) {

@@ -5,7 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -93,6 +97,8 @@ func TestClassify(t *testing.T) {
 		"wrong version as a status": {wrapped(codes.FailedPrecondition, "Append failed due to WrongExpectedVersion. Stream: s, Expected version: 7, Actual version: 0"), driver.WrongVersion},
 		"tombstoned":                {wrapped(codes.FailedPrecondition, "Event stream 's' is deleted."), driver.Deleted},
 		"too large":                 {wrapped(codes.InvalidArgument, "Maximum Append Size of 1048576 Exceeded."), driver.TooLarge},
+		"too large a message":       {wrapped(codes.ResourceExhausted, "grpc: received message larger than max (20000000 vs. 17825792)"), driver.TooLarge},
+		"choosing a leader":         {wrapped(codes.Unknown, "No leader info available in response"), driver.Aborted},
 		"no reason":                 {fmt.Errorf("could not send: %w", io.EOF), driver.Rejected},
 		"cancelled":                 {wrapped(codes.Canceled, "context canceled"), driver.Ended},
 		"late":                      {wrapped(codes.DeadlineExceeded, ""), driver.Timeout},
@@ -141,6 +147,60 @@ func TestDriver_CancellationIsRecognisable(t *testing.T) {
 	require.ErrorIs(t, err, why)
 	require.True(t, driver.Unsent(err))
 	s.Intercept(nil)
+}
+
+// A node that follows does not answer a read that asks for the leader: the
+// driver goes to the leader that it names. Others it answers itself.
+func TestDriver_AsksTheLeader(t *testing.T) {
+	t.Parallel()
+	log := memory.New()
+	defer log.Close()
+	leader, err := esdbserver.Start(log)
+	require.NoError(t, err)
+	defer leader.Close()
+	follower, err := esdbserver.Start(log)
+	require.NoError(t, err)
+	defer follower.Close()
+	var asked atomic.Int64
+	leader.Intercept(func(_ context.Context, method string) error {
+		if strings.HasSuffix(method, "Streams/Read") {
+			asked.Add(1)
+		}
+		return nil
+	})
+	host, text, err := net.SplitHostPort(leader.Address())
+	require.NoError(t, err)
+	port, err := strconv.Atoi(text)
+	require.NoError(t, err)
+	follower.FollowLeader(host, port)
+	reads := map[string]func(*Driver, bool) (driver.Reader, error){
+		"stream": func(d *Driver, leader bool) (driver.Reader, error) {
+			return d.ReadStream(t.Context(), "$settings", driver.StreamFrom{Start: true, Leader: leader}, false, 1)
+		},
+		"all": func(d *Driver, leader bool) (driver.Reader, error) {
+			return d.ReadAll(t.Context(), driver.AllFrom{End: true, Leader: leader}, true, 1)
+		},
+	}
+	for name, read := range reads {
+		d, err := New(follower.URL(), nil)
+		require.NoError(t, err)
+		next := func(leader bool) error {
+			r, err := read(d, leader)
+			require.NoError(t, err)
+			defer r.Close()
+			_, err = r.Next(t.Context())
+			return err
+		}
+		before := asked.Load()
+		require.NoError(t, next(false), name)
+		require.Equal(t, before, asked.Load(), "%s: the follower answers by itself", name)
+		err = next(true)
+		require.Equal(t, driver.Unavailable, driver.KindOf(err), "%s: %v", name, err)
+		require.True(t, driver.Transient(err))
+		require.NoError(t, next(true), name)
+		require.Equal(t, before+1, asked.Load(), "%s: the leader answers", name)
+		require.NoError(t, d.Close())
+	}
 }
 
 // The client is pinned; what this driver needs of its insides is checked here.
