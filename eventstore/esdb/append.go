@@ -44,18 +44,31 @@ func (s *Store) Append(ctx context.Context, c eventstore.Commit) (eventstore.Rec
 		return eventstore.Receipt{}, err
 	}
 	defer s.leave()
-	bounded, cancel := s.patient(ctx)
-	defer cancel()
-	k, err := s.streams.take(bounded, c.Events[0].Stream)
+	k, err := s.turn(ctx, c.Events[0].Stream)
 	if err != nil {
-		if end := s.ended(ctx); end != nil {
-			return eventstore.Receipt{}, end
-		}
-		return eventstore.Receipt{}, fmt.Errorf("%w: %w for other writes of this process to stream %q", eventstore.ErrUnavailable, err, c.Events[0].Stream.String())
+		return eventstore.Receipt{}, err
 	}
 	defer s.streams.give(k)
+	// Patience begins anew: one that was used up by waiting for others would leave
+	// none to find out what became of a write that is cut off.
+	bounded, cancel := s.patient(ctx)
+	defer cancel()
 	a := appending{s: s, k: k, c: c, events: events, name: s.name(k.stream), caller: ctx}
 	return a.run(bounded)
+}
+
+// turn waits for the turn of the stream, as long as Patience allows.
+func (s *Store) turn(ctx context.Context, stream eventstore.Stream) (*known, error) {
+	bounded, cancel := s.patient(ctx)
+	defer cancel()
+	k, err := s.streams.take(bounded, stream)
+	if err != nil {
+		if end := s.ended(ctx); end != nil {
+			return nil, end
+		}
+		return nil, fmt.Errorf("%w: %w for other writes of this process to stream %q", eventstore.ErrUnavailable, err, stream.String())
+	}
+	return k, nil
 }
 
 // supported refuses what one append of one stream cannot do.
@@ -474,16 +487,13 @@ func (s *Store) Lookup(ctx context.Context, stream eventstore.Stream, key string
 		return eventstore.Receipt{}, false, err
 	}
 	defer s.leave()
-	bounded, cancel := s.patient(ctx)
-	defer cancel()
-	k, err := s.streams.take(bounded, stream)
+	k, err := s.turn(ctx, stream)
 	if err != nil {
-		if end := s.ended(ctx); end != nil {
-			return eventstore.Receipt{}, false, end
-		}
-		return eventstore.Receipt{}, false, fmt.Errorf("%w: %w for the writes of this process to stream %q", eventstore.ErrUnavailable, err, stream.String())
+		return eventstore.Receipt{}, false, err
 	}
 	defer s.streams.give(k)
+	bounded, cancel := s.patient(ctx)
+	defer cancel()
 	if first, used := k.keys[key]; used {
 		return duplicate(first), true, nil
 	}

@@ -44,6 +44,8 @@ type Driver struct {
 	pool   *pool
 	log    *slog.Logger
 	leader atomic.Pointer[string] // where a follower has sent us
+
+	silence time.Duration
 }
 
 var _ driver.Driver = (*Driver)(nil)
@@ -53,6 +55,9 @@ const (
 	searchWindow = 512
 	// ahead is how many events are received before they are asked for.
 	ahead = 64
+	// silence is for how long a call is answered by nothing, not even by the loss of
+	// its connection, before another client is made.
+	silence = 5 * time.Second
 	// grace is how long Close waits for calls that hang in the client.
 	grace = 2 * time.Second
 )
@@ -68,7 +73,7 @@ func New(url string, log *slog.Logger) (*Driver, error) {
 	}
 	// The supervisor tries again, with pauses.
 	config.MaxDiscoverAttempts, config.DiscoveryInterval = 1, 1
-	d := &Driver{config: *config, log: log}
+	d := &Driver{config: *config, log: log, silence: silence}
 	d.pool = supervisor.New(supervisor.Config[*esdb.Client]{
 		Connect: d.connect,
 		Close:   func(c *esdb.Client) { _ = c.Close() },
@@ -143,7 +148,10 @@ func (p passing) Deadline() (time.Time, bool) {
 // do runs one call of the client's that ends by itself.
 func (d *Driver) do(ctx context.Context, fn func(context.Context, *esdb.Client) error) error {
 	var failure error // belongs to fn until Do says that it has returned
+	var used atomic.Pointer[generation]
+	began := time.Now()
 	called, err := d.pool.Do(ctx, func(g *generation, client *esdb.Client, started func()) {
+		used.Store(g)
 		inner, cancel := d.within(ctx)
 		defer cancel()
 		err := classify(fn(passing{inner, started}, client))
@@ -155,6 +163,9 @@ func (d *Driver) do(ctx context.Context, fn func(context.Context, *esdb.Client) 
 	})
 	switch {
 	case ctx.Err() != nil:
+		if g := used.Load(); g != nil && time.Since(began) > d.silence {
+			g.Failed(fmt.Errorf("no answer for %s", time.Since(began))) // the connection may be dead without a word
+		}
 		return &driver.Error{Kind: driver.Ended, Unsent: !called, Err: because(ctx, err)}
 	case err == nil:
 		return failure

@@ -203,6 +203,98 @@ func TestDriver_AsksTheLeader(t *testing.T) {
 	}
 }
 
+// proxy stands between, and can stop to forward what goes over the connections
+// that it has, without closing them.
+type proxy struct {
+	net.Listener
+	mu     sync.Mutex
+	conns  []net.Conn
+	frozen chan struct{}
+	all    sync.WaitGroup
+}
+
+func between(t *testing.T, to string) *proxy {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	p := &proxy{Listener: l, frozen: make(chan struct{})}
+	p.all.Go(func() {
+		for {
+			from, err := l.Accept()
+			if err != nil {
+				return
+			}
+			into, err := net.Dial("tcp", to)
+			if err != nil {
+				from.Close()
+				continue
+			}
+			p.mu.Lock()
+			p.conns = append(p.conns, from, into)
+			frozen := p.frozen
+			p.mu.Unlock()
+			forward := func(dst, src net.Conn) {
+				buffer := make([]byte, 32<<10)
+				for {
+					n, err := src.Read(buffer)
+					select {
+					case <-frozen: // swallowed
+						n = 0
+					default:
+					}
+					if _, failed := dst.Write(buffer[:n]); failed != nil || err != nil {
+						return
+					}
+				}
+			}
+			p.all.Go(func() { forward(into, from) })
+			p.all.Go(func() { forward(from, into) })
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		p.mu.Lock()
+		for _, c := range p.conns {
+			c.Close()
+		}
+		p.mu.Unlock()
+		p.all.Wait()
+	})
+	return p
+}
+
+func (p *proxy) freeze() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(p.frozen)
+	p.frozen = make(chan struct{})
+}
+
+// A connection that is dead without a word is not used for ever: whoever comes
+// after a call that was never answered gets another one.
+func TestDriver_ConnectionDeadWithoutAWord(t *testing.T) {
+	t.Parallel()
+	s := server(t)
+	p := between(t, s.Address())
+	d, err := New("esdb://"+p.Addr().String()+"?tls=false", nil)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, d.Close()) }()
+	d.silence = 0
+	events := []driver.Event{{ID: uuid.New(), Type: "e"}}
+	_, err = d.Append(t.Context(), "s", driver.NoStream, events)
+	require.NoError(t, err)
+	p.freeze()
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	_, err = d.Append(ctx, "s", 0, events)
+	require.Equal(t, driver.Ended, driver.KindOf(err))
+	require.False(t, driver.Unsent(err), "nobody knows what became of it")
+	ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_, err = d.Append(ctx, "s", 0, events)
+	require.NoError(t, err)
+	require.Equal(t, 2, d.Generations())
+}
+
 // The client is pinned; what this driver needs of its insides is checked here.
 func TestClientsInsides(t *testing.T) {
 	t.Parallel()

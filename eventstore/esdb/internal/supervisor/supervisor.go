@@ -116,7 +116,14 @@ func (s *Supervisor[C]) Go(ctx context.Context, fn func(g *Generation[C], client
 	}
 	go func() {
 		var once sync.Once
-		started := func() { once.Do(g.started) }
+		// A client that hangs a call says nothing; nobody else must follow it there.
+		watch := time.AfterFunc(startsWithin, g.refuse)
+		started := func() {
+			once.Do(func() {
+				watch.Stop()
+				g.started()
+			})
+		}
 		defer g.release()
 		defer started()
 		defer func() {
@@ -268,7 +275,8 @@ func (g *Generation[C]) Failed(err error) {
 	}
 }
 
-// startsWithin bounds how long Break waits for calls that are starting.
+// startsWithin bounds how long Break waits for calls that are starting. One that
+// takes longer breaks its generation.
 const startsWithin = 2 * time.Second
 
 // Break lets no further call begin on the generation, and returns when those
