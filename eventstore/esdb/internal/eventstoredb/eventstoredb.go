@@ -321,10 +321,31 @@ func (d *Driver) Append(ctx context.Context, stream string, expected driver.Expe
 		}
 		return err
 	})
-	if err != nil {
+	switch {
+	case driver.KindOf(err) == driver.Rejected:
+		return driver.Appended{}, d.reason(ctx, stream, err)
+	case err != nil:
 		return driver.Appended{}, err
 	}
 	return <-out, nil
+}
+
+// nowhere is a revision that no stream has.
+const nowhere = 1<<63 - 2
+
+// reason finds out why the server ended an append before it had all of it, which
+// the client does not tell: one that has no events, and could not be written
+// anywhere, is refused for the same reason if that is not the events.
+func (d *Driver) reason(ctx context.Context, stream string, rejected error) error {
+	err := d.do(ctx, func(ctx context.Context, client *esdb.Client) error {
+		_, err := client.AppendToStream(ctx, stream, esdb.AppendToStreamOptions{ExpectedRevision: esdb.Revision(nowhere)})
+		return err
+	})
+	switch driver.KindOf(err) {
+	case driver.Denied, driver.Deleted:
+		return err
+	}
+	return rejected
 }
 
 // Delete implements driver.Driver.

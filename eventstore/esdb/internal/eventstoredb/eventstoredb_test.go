@@ -295,6 +295,46 @@ func TestDriver_ConnectionDeadWithoutAWord(t *testing.T) {
 	require.Equal(t, 2, d.Generations())
 }
 
+// Looking for a reason writes nothing, whatever the stream is.
+func TestDriver_ReasonWritesNothing(t *testing.T) {
+	t.Parallel()
+	s := server(t)
+	d, err := New(s.URL(), nil)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, d.Close()) }()
+	rejected := errors.New("rejected")
+	end := func() driver.Position {
+		r, err := d.ReadAll(t.Context(), driver.AllFrom{End: true}, true, 1)
+		require.NoError(t, err)
+		defer r.Close()
+		e, err := r.Next(t.Context())
+		require.NoError(t, err)
+		return e.Position
+	}
+	events := []driver.Event{{ID: uuid.New(), Type: "e"}}
+	for _, name := range []string{"missing", "there", "deleted", "tombstoned"} {
+		if name != "missing" {
+			_, err := d.Append(t.Context(), name, driver.NoStream, events)
+			require.NoError(t, err)
+		}
+		switch name {
+		case "deleted":
+			_, err = d.Delete(t.Context(), name, driver.Any)
+		case "tombstoned":
+			_, err = d.Tombstone(t.Context(), name, driver.Any)
+		}
+		require.NoError(t, err)
+		before := end()
+		err := d.reason(t.Context(), name, rejected)
+		if name == "tombstoned" {
+			require.Equal(t, driver.Deleted, driver.KindOf(err))
+		} else {
+			require.Equal(t, rejected, err, name)
+		}
+		require.Equal(t, before, end(), name)
+	}
+}
+
 // The client is pinned; what this driver needs of its insides is checked here.
 func TestClientsInsides(t *testing.T) {
 	t.Parallel()
