@@ -265,6 +265,9 @@ func TestPoint22_TheSameIsSentAgain(t *testing.T) {
 	require.Len(t, sent, 5)
 	for i := range sent {
 		require.Equal(t, sent[0], sent[i])
+		for _, e := range sent[i] {
+			require.NotZero(t, e.ID, "the client would make up another one each time")
+		}
 		require.Equal(t, driver.NoStream, expectations[i], "never any revision: then its outcome could not be found out")
 	}
 }
