@@ -195,7 +195,7 @@ func Open(ctx context.Context, url string, options ...Option) (*Store, error) {
 	var err error
 	if s.logID, err = s.identify(ctx); err != nil {
 		if ctx.Err() != nil {
-			go s.Close() // the client may hang for some time
+			go func() { _ = s.Close() }() // the client may hang for some time
 		} else {
 			_ = s.Close()
 		}

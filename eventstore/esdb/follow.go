@@ -104,12 +104,11 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 					return nil
 				}
 			case m.CaughtUp:
-				if err := fn(news{caughtUp: true}); err != nil && err != errAgain {
-					return fatal{err}
-				} else if err != nil {
+				err := fn(news{caughtUp: true})
+				if err == nil || errors.Is(err, errAgain) {
 					return err
 				}
-				return nil
+				return fatal{err}
 			default:
 				return nil
 			}
@@ -488,7 +487,7 @@ func (b *subscriber) catchUp(ctx context.Context, last end) error {
 	to := goal{s: s, last: last}
 	err := s.follow(inner, b.caller, s.filter(b.q, last), b.through, 0, func(n news) error {
 		if n.caughtUp {
-			if err := to.caughtUp(inner); err != errArrived {
+			if err := to.caughtUp(inner); !errors.Is(err, errArrived) {
 				return err
 			}
 			return arrive()

@@ -27,6 +27,7 @@ func (b *breaking) ReadStream(ctx context.Context, n string, f driver.StreamFrom
 	r, err := b.client.ReadStream(ctx, n, f, back, c)
 	return &breakingReader{r, b}, err
 }
+
 func (r *breakingReader) Next(ctx context.Context) (*driver.Recorded, error) {
 	if r.b.seen == r.b.breakAt {
 		r.b.seen++
@@ -69,6 +70,7 @@ func (d *slow) ReadAll(ctx context.Context, f driver.AllFrom, back bool, c uint6
 	r, err := d.client.ReadAll(ctx, f, back, c)
 	return &slowReader{r, d.most}, err
 }
+
 func (r *slowReader) Next(ctx context.Context) (*driver.Recorded, error) {
 	if r.left--; r.left < 0 {
 		select { // slow, but never silent for as long as Patience

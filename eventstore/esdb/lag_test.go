@@ -167,6 +167,7 @@ func (d *dropping) SubscribeAll(ctx context.Context, after driver.AllFrom, f dri
 	sub, err := d.client.SubscribeAll(ctx, after, f)
 	return &droppingSub{sub, d}, err
 }
+
 func (s *droppingSub) Next(ctx context.Context) (driver.Message, error) {
 	select {
 	case err := <-s.d.err:

@@ -351,7 +351,7 @@ func (r *reading) forward(ctx context.Context) error {
 			}
 		}
 		if n.caughtUp {
-			if err := to.caughtUp(ctx); err != errArrived {
+			if err := to.caughtUp(ctx); !errors.Is(err, errArrived) {
 				return err
 			}
 			return errEnough
