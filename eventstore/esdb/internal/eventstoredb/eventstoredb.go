@@ -148,10 +148,13 @@ func (p passing) Deadline() (time.Time, bool) {
 // do runs one call of the client's that ends by itself.
 func (d *Driver) do(ctx context.Context, fn func(context.Context, *esdb.Client) error) error {
 	var failure error // belongs to fn until Do says that it has returned
-	var used atomic.Pointer[generation]
-	began := time.Now()
+	type use struct {
+		*generation
+		since time.Time
+	}
+	var used atomic.Pointer[use]
 	called, err := d.pool.Do(ctx, func(g *generation, client *esdb.Client, started func()) {
-		used.Store(g)
+		used.Store(&use{g, time.Now()})
 		inner, cancel := d.within(ctx)
 		defer cancel()
 		err := classify(fn(passing{inner, started}, client))
@@ -163,8 +166,8 @@ func (d *Driver) do(ctx context.Context, fn func(context.Context, *esdb.Client) 
 	})
 	switch {
 	case ctx.Err() != nil:
-		if g := used.Load(); g != nil && time.Since(began) > d.silence {
-			g.Failed(fmt.Errorf("no answer for %s", time.Since(began))) // the connection may be dead without a word
+		if u := used.Load(); u != nil && time.Since(u.since) > d.silence {
+			u.Failed(fmt.Errorf("no answer for %s", time.Since(u.since))) // the connection may be dead without a word
 		}
 		return &driver.Error{Kind: driver.Ended, Unsent: !called, Err: because(ctx, err)}
 	case err == nil:
