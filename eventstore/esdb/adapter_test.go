@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/uuid"
@@ -264,6 +265,9 @@ func TestPoint22_TheSameIsSentAgain(t *testing.T) {
 	require.Len(t, sent, 5)
 	for i := range sent {
 		require.Equal(t, sent[0], sent[i])
+		for _, e := range sent[i] {
+			require.NotZero(t, e.ID, "the client would make up another one each time")
+		}
 		require.Equal(t, driver.NoStream, expectations[i], "never any revision: then its outcome could not be found out")
 	}
 }
@@ -521,4 +525,52 @@ func TestLogID(t *testing.T) {
 	db.mu.Unlock()
 	_, err = Open(t.Context(), "", withDriver(db.client()))
 	require.ErrorIs(t, err, eventstore.ErrDecode)
+}
+
+// A write that has waited for the turn of its stream has its whole patience left
+// to find out what became of it.
+func TestPoint22_WaitingForTheTurnCostsNoPatience(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		db := newDatabase()
+		s, err := Open(t.Context(), "", withDriver(db.client()))
+		require.NoError(t, err)
+		began := time.Now()
+		holding := make(chan struct{})
+		hold := sync.OnceFunc(func() {
+			close(holding)
+			time.Sleep(9 * time.Second) // less than one attempt may take
+		})
+		db.mu.Lock()
+		db.before = func(_ string, _ driver.Expected, events []driver.Event) error {
+			if events[0].Type == "first" {
+				hold()
+			}
+			return nil
+		}
+		db.after = func(string, driver.Expected, []driver.Event) error {
+			if time.Since(began) < 14*time.Second {
+				return kind(driver.Unavailable, "connection reset")
+			}
+			return nil
+		}
+		s.settings.patience = 10 * time.Second
+		db.mu.Unlock()
+		var group sync.WaitGroup
+		group.Go(func() {
+			first := happened(1)
+			first.Events[0].Type = "first"
+			_, err := s.Append(t.Context(), first)
+			if !errors.Is(err, eventstore.ErrOutcomeUnknown) {
+				t.Errorf("the first: %v", err)
+			}
+		})
+		<-holding
+		time.Sleep(time.Second) // of the bubble's: the first one's patience ends before that of the second
+		r, err := s.Append(t.Context(), happened(1))
+		require.NoError(t, err, "its time was spent on waiting for another")
+		require.Equal(t, uint64(2), r.Revision(ann).Version)
+		group.Wait()
+		require.NoError(t, s.Close())
+	})
 }

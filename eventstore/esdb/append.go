@@ -44,18 +44,31 @@ func (s *Store) Append(ctx context.Context, c eventstore.Commit) (eventstore.Rec
 		return eventstore.Receipt{}, err
 	}
 	defer s.leave()
-	bounded, cancel := s.patient(ctx)
-	defer cancel()
-	k, err := s.streams.take(bounded, c.Events[0].Stream)
+	k, err := s.turn(ctx, c.Events[0].Stream)
 	if err != nil {
-		if end := s.ended(ctx); end != nil {
-			return eventstore.Receipt{}, end
-		}
-		return eventstore.Receipt{}, fmt.Errorf("%w: %w for other writes of this process to stream %q", eventstore.ErrUnavailable, err, c.Events[0].Stream.String())
+		return eventstore.Receipt{}, err
 	}
 	defer s.streams.give(k)
+	// Patience begins anew: one that was used up by waiting for others would leave
+	// none to find out what became of a write that is cut off.
+	bounded, cancel := s.patient(ctx)
+	defer cancel()
 	a := appending{s: s, k: k, c: c, events: events, name: s.name(k.stream), caller: ctx}
 	return a.run(bounded)
+}
+
+// turn waits for the turn of the stream, as long as Patience allows.
+func (s *Store) turn(ctx context.Context, stream eventstore.Stream) (*known, error) {
+	bounded, cancel := s.patient(ctx)
+	defer cancel()
+	k, err := s.streams.take(bounded, stream)
+	if err != nil {
+		if end := s.ended(ctx); end != nil {
+			return nil, end
+		}
+		return nil, fmt.Errorf("%w: %w for other writes of this process to stream %q", eventstore.ErrUnavailable, err, stream.String())
+	}
+	return k, nil
 }
 
 // supported refuses what one append of one stream cannot do.
@@ -194,7 +207,7 @@ func (a *appending) look(ctx context.Context) error {
 		err = a.s.scan(ctx, a.caller, a.k)
 	} else {
 		err = a.s.trying(ctx, a.caller, fmt.Sprintf("read the end of stream %q", a.name), func(ctx context.Context) error {
-			r, err := a.s.one(ctx, a.name, driver.StreamFrom{End: true}, true)
+			r, err := a.s.one(ctx, a.name, driver.StreamFrom{End: true, Leader: true}, true)
 			switch {
 			case err != nil:
 				return err
@@ -226,12 +239,20 @@ func (s *Store) own(r *driver.Recorded) (decoded, error) {
 func (s *Store) scan(ctx, caller context.Context, k *known) error {
 	name := s.name(k.stream)
 	return s.trying(ctx, caller, fmt.Sprintf("read the keys of stream %q", name), func(ctx context.Context) error {
-		from := driver.StreamFrom{Start: true}
+		from := driver.StreamFrom{Start: true, Leader: true}
 		if k.scanned >= 0 {
-			from = driver.StreamFrom{Revision: uint64(k.scanned + 1)}
+			from = driver.StreamFrom{Revision: uint64(k.scanned + 1), Leader: true}
+		}
+		missing := func() error {
+			k.forget()
+			k.last = none
+			return nil
 		}
 		reader, err := s.driver.ReadStream(ctx, name, from, false, math.MaxInt64)
-		if err != nil {
+		switch {
+		case driver.KindOf(err) == driver.NotFound:
+			return missing()
+		case err != nil:
 			return err
 		}
 		defer reader.Close()
@@ -239,9 +260,7 @@ func (s *Store) scan(ctx, caller context.Context, k *known) error {
 			r, err := reader.Next(ctx)
 			switch {
 			case driver.KindOf(err) == driver.NotFound:
-				k.forget()
-				k.last = none
-				return nil
+				return missing()
 			case errors.Is(err, io.EOF) && k.scanned < 0:
 				return errHidden(name)
 			case errors.Is(err, io.EOF):
@@ -364,7 +383,7 @@ func (a *appending) written(ctx context.Context, expected driver.Expected, at dr
 func (a *appending) positionOf(ctx context.Context, revision uint64, id uuid.UUID) (eventstore.Position, error) {
 	var position eventstore.Position
 	err := a.s.trying(ctx, a.caller, fmt.Sprintf("read event %d of stream %q, which was just written", revision, a.name), func(ctx context.Context) error {
-		r, err := a.s.one(ctx, a.name, driver.StreamFrom{Revision: revision}, false)
+		r, err := a.s.one(ctx, a.name, driver.StreamFrom{Revision: revision, Leader: true}, false)
 		switch {
 		case err != nil:
 			return err
@@ -380,13 +399,19 @@ func (a *appending) positionOf(ctx context.Context, revision uint64, id uuid.UUI
 	return position, err
 }
 
-// find looks for the events behind the expected revision, by their ids.
+// find looks for the events behind the expected revision, by their ids. That
+// they are not there counts only when another event is there, or the stream
+// ends before that place: the server has said that it does not end at it. An
+// answer that knows of neither is older than the server's, and asked for again.
 func (a *appending) find(ctx context.Context, expected driver.Expected) (eventstore.Receipt, bool, error) {
 	var receipt eventstore.Receipt
 	ours := false
 	err := a.s.trying(ctx, a.caller, fmt.Sprintf("look for what was written to stream %q", a.name), func(ctx context.Context) error {
-		from := driver.StreamFrom{Revision: uint64(expected + 1)}
+		from := driver.StreamFrom{Revision: uint64(expected + 1), Leader: true}
 		reader, err := a.s.driver.ReadStream(ctx, a.name, from, false, uint64(len(a.events)))
+		if driver.KindOf(err) == driver.NotFound {
+			return a.endsBefore(ctx, expected)
+		}
 		if err != nil {
 			return err
 		}
@@ -395,7 +420,7 @@ func (a *appending) find(ctx context.Context, expected driver.Expected) (eventst
 		for i := range a.events {
 			r, err := reader.Next(ctx)
 			if errors.Is(err, io.EOF) || driver.KindOf(err) == driver.NotFound {
-				return nil
+				return a.endsBefore(ctx, expected)
 			}
 			if err != nil {
 				return err
@@ -414,6 +439,19 @@ func (a *appending) find(ctx context.Context, expected driver.Expected) (eventst
 		return nil
 	})
 	return receipt, ours, err
+}
+
+// endsBefore returns an error that passes unless the stream ends before the
+// expected revision, so that nothing was ever written behind it.
+func (a *appending) endsBefore(ctx context.Context, expected driver.Expected) error {
+	r, err := a.s.one(ctx, a.name, driver.StreamFrom{End: true, Leader: true}, true)
+	switch {
+	case err != nil:
+		return err
+	case r == nil && expected >= 0, r != nil && int64(r.Revision) < int64(expected):
+		return nil
+	}
+	return &driver.Error{Kind: driver.Aborted, Err: fmt.Errorf("the stream does not end at %s, says the server, but what follows cannot be read", expected)}
 }
 
 // receipt takes in what was written, and tells it.
@@ -449,16 +487,13 @@ func (s *Store) Lookup(ctx context.Context, stream eventstore.Stream, key string
 		return eventstore.Receipt{}, false, err
 	}
 	defer s.leave()
-	bounded, cancel := s.patient(ctx)
-	defer cancel()
-	k, err := s.streams.take(bounded, stream)
+	k, err := s.turn(ctx, stream)
 	if err != nil {
-		if end := s.ended(ctx); end != nil {
-			return eventstore.Receipt{}, false, end
-		}
-		return eventstore.Receipt{}, false, fmt.Errorf("%w: %w for the writes of this process to stream %q", eventstore.ErrUnavailable, err, stream.String())
+		return eventstore.Receipt{}, false, err
 	}
 	defer s.streams.give(k)
+	bounded, cancel := s.patient(ctx)
+	defer cancel()
 	if first, used := k.keys[key]; used {
 		return duplicate(first), true, nil
 	}

@@ -72,6 +72,11 @@
 // when the caller's context ends, or the server stays away longer than [Patience]
 // allows; appending again with the same key then settles it.
 //
+// What decides about a write (where the stream ends, its keys, what became of a
+// write that was cut off) is asked of the cluster's leader. A node that follows
+// names it, and from then on this process speaks to the leader, whatever the
+// nodePreference in the URL.
+//
 // The id of the last event that eventstore.StreamAtEvent demands is compared here,
 // with the event that was read at that revision; the server then confirms that
 // this revision is still the last one. No revision of a stream is ever given
@@ -95,8 +100,13 @@
 //
 // # Deleted and truncated streams
 //
-// The streams of a log must be kept whole. Where the server's tools have been
-// used on them all the same:
+// The streams of a log must be kept whole: deleting or truncating one voids the
+// conditions and the idempotency keys of what was removed. A deleted stream takes
+// a commit that demands a new stream, and one that demands the version before the
+// deletion; a key of a removed event is new again, but to a process that
+// remembers it. What holds is the numbering: it goes on, no version is ever given
+// twice, and of two writers with one expectation one wins. Where the server's
+// tools have been used on a stream all the same:
 //
 //   - A deleted stream is empty. Appending to it succeeds, and the numbering goes
 //     on: the versions in the receipt do not begin at 1. Since its beginning is

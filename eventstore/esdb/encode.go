@@ -3,6 +3,7 @@ package esdb
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -101,6 +102,11 @@ var errForeign = errors.New("the event was not written by deed")
 
 // decode returns errForeign for events that are none of this log: those of the
 // system, links, other logs, and other programs.
+//
+// An event that is one of this log but cannot be read (of a newer format, or
+// damaged) is returned with the error as far as it is known: its stream, version,
+// position and type. It must stop whoever asks for it, and nobody else: see
+// concerns. One without a position of its own is returned as an error alone.
 func (s *Store) decode(r *driver.Recorded) (decoded, error) {
 	name, ours := strings.CutPrefix(r.Stream, s.prefix)
 	if !ours || strings.HasPrefix(r.Type, "$") {
@@ -118,46 +124,59 @@ func (s *Store) decode(r *driver.Recorded) (decoded, error) {
 		Format int `json:"deed"`
 	}
 	var m envelope
-	if err := json.Unmarshal(r.Metadata, &m); err != nil {
-		if json.Unmarshal(r.Metadata, &mark) != nil || mark.Format == 0 {
+	broken := json.Unmarshal(r.Metadata, &m)
+	if broken != nil {
+		if json.Unmarshal(r.Metadata, &mark) != nil {
 			return decoded{}, errForeign
-		}
-		if mark.Format <= format {
-			return decoded{}, fmt.Errorf("%w: the metadata of %s: %w", eventstore.ErrDecode, where(r), err)
 		}
 		m.Format = mark.Format
 	}
 	switch {
 	case m.Format == 0:
 		return decoded{}, errForeign
-	case m.Format > format || m.Format < 0:
-		return decoded{}, fmt.Errorf("%w: %s has the format %d, this program knows %d", eventstore.ErrNewerVersion, where(r), m.Format, format)
 	case r.Position.Commit != r.Position.Prepare:
 		return decoded{}, fmt.Errorf("%w: %s has the commit position %d and the prepare position %d: it belongs to an explicit transaction of the old TCP protocol, or the server is older than 22.6, and has no position of its own", eventstore.ErrGap, where(r), r.Position.Commit, r.Position.Prepare)
 	case r.Position.Commit == 0 || r.Position.Commit > 1<<63-1:
 		return decoded{}, fmt.Errorf("%w: %s has the position %d, which is none: servers older than 22.6 do not tell", eventstore.ErrGap, where(r), r.Position.Commit)
 	}
+	e := decoded{
+		Recorded: eventstore.Recorded{ID: r.ID, Stream: stream, Version: r.Revision + 1, Position: eventstore.Position(r.Position.Commit), Type: r.Type},
+		wire:     r.ID, revision: r.Revision, of: 1,
+	}
+	switch {
+	case m.Format > format || m.Format < 0:
+		return e, fmt.Errorf("%w: %s has the format %d, this program knows %d: use a newer one", eventstore.ErrNewerVersion, where(r), m.Format, format)
+	case broken != nil:
+		return e, fmt.Errorf("%w: the metadata of %s: %w", eventstore.ErrDecode, where(r), broken)
+	}
 	at, err := time.Parse(time.RFC3339Nano, m.Time)
 	if err != nil {
-		return decoded{}, fmt.Errorf("%w: the time of %s: %w", eventstore.ErrDecode, where(r), err)
+		return e, fmt.Errorf("%w: the time of %s: %w", eventstore.ErrDecode, where(r), err)
 	}
-	id := r.ID
 	if m.ID != "" {
-		if id, err = uuid.Parse(m.ID); err != nil {
-			return decoded{}, fmt.Errorf("%w: the id of %s: %w", eventstore.ErrDecode, where(r), err)
+		id, err := uuid.Parse(m.ID)
+		if err != nil {
+			return e, fmt.Errorf("%w: the id of %s: %w", eventstore.ErrDecode, where(r), err)
 		}
+		e.ID = id
 	}
-	return decoded{
-		Recorded: eventstore.Recorded{
-			ID: id, Stream: stream, Version: r.Revision + 1, Position: eventstore.Position(r.Position.Commit), Type: r.Type, Tags: m.Tags, Data: r.Data,
-			Metadata: eventstore.Metadata{
-				CorrelationID: m.CorrelationID, CausationID: m.CausationID, Actor: m.Actor, TraceParent: m.TraceParent,
-				SchemaVersion: m.SchemaVersion, Codec: m.Codec, Extra: m.Extra,
-			},
-			Time: at.UTC(),
-		},
-		wire: r.ID, revision: r.Revision, index: m.Index, of: max(m.Of, 1), key: m.Key, print: m.Fingerprint,
-	}, nil
+	e.Tags, e.Data, e.Time = m.Tags, r.Data, at.UTC()
+	e.Metadata = eventstore.Metadata{
+		CorrelationID: m.CorrelationID, CausationID: m.CausationID, Actor: m.Actor, TraceParent: m.TraceParent,
+		SchemaVersion: m.SchemaVersion, Codec: m.Codec, Extra: m.Extra,
+	}
+	e.index, e.of, e.key, e.print = m.Index, max(m.Of, 1), m.Key, m.Fingerprint
+	return e, nil
+}
+
+// concerns reports whether the query may select an event of which stream and
+// type are all that is known.
+func concerns(q eventstore.Query, e *eventstore.Recorded) bool {
+	q.Items = slices.Clone(q.Items)
+	for i := range q.Items {
+		q.Items[i].Tags = nil
+	}
+	return q.Matches(e)
 }
 
 func where(r *driver.Recorded) string {

@@ -49,7 +49,10 @@ func TestStore_OpenEndsWithItsContext(t *testing.T) {
 	require.Less(t, time.Since(began), 2*time.Second)
 }
 
+// A refusal that comes before all events were sent is told from a broken
+// connection, although the client has lost its reason.
 func TestStore_DeniedManyEvents(t *testing.T) {
+	t.Parallel()
 	server := ours(t)
 	store := open(t, server.URL())
 	server.Intercept(func(_ context.Context, method string) error {

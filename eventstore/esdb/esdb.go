@@ -195,7 +195,7 @@ func Open(ctx context.Context, url string, options ...Option) (*Store, error) {
 	var err error
 	if s.logID, err = s.identify(ctx); err != nil {
 		if ctx.Err() != nil {
-			go s.Close() // the client may hang for some time
+			go func() { _ = s.Close() }() // the client may hang for some time
 		} else {
 			_ = s.Close()
 		}
@@ -316,10 +316,10 @@ func (s *Store) identify(caller context.Context) (string, error) {
 	ctx, cancel := s.patient(caller)
 	defer cancel()
 	id := uuid.New()
-	for range 3 {
+	for n := 0; ; n++ {
 		var found *driver.Recorded
 		if err := s.trying(ctx, caller, "read the id of the log", func(ctx context.Context) (err error) {
-			found, err = s.one(ctx, s.marker, driver.StreamFrom{Start: true}, false)
+			found, err = s.one(ctx, s.marker, driver.StreamFrom{Start: true, Leader: n > 0}, false)
 			return err
 		}); err != nil {
 			return "", err
@@ -329,6 +329,14 @@ func (s *Store) identify(caller context.Context) (string, error) {
 				return "", fmt.Errorf("%w: the stream %q, which has the id of the log, was written by another program, truncated or deleted: %s", eventstore.ErrGap, s.marker, where(found))
 			}
 			return parseMarker(found.Data)
+		}
+		switch {
+		case n == 0:
+			continue // a node that lags does not know: now the leader is asked
+		case ctx.Err() != nil:
+			return "", s.failure(caller, "read the id of the log", fmt.Errorf("%w: the stream %q cannot be read although it was written", eventstore.ErrUnavailable, s.marker))
+		case n > 1:
+			pause(ctx, n)
 		}
 		event := driver.Event{ID: id, Type: markerType, JSON: true, Data: fmt.Appendf(nil, `{"id":%q}`, id)}
 		err := s.trying(ctx, caller, "write the id of the log", func(ctx context.Context) error {
@@ -342,7 +350,6 @@ func (s *Store) identify(caller context.Context) (string, error) {
 			return "", err
 		}
 	}
-	return "", fmt.Errorf("%w: the stream %q, which has the id of the log, cannot be read although it was written", eventstore.ErrUnavailable, s.marker)
 }
 
 // one reads the one event at the place; nil where there is none.

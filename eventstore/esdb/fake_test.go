@@ -31,6 +31,7 @@ type database struct {
 	reads         func() error     // asked before each read
 	subscribed    []driver.AllFrom // where subscriptions began
 	silent        bool             // caught-up is never said
+	early         bool             // that a stream is missing is said by the call, not by its first answer
 }
 
 type fakeStream struct {
@@ -213,6 +214,9 @@ func (c *client) ReadStream(ctx context.Context, stream string, from driver.Stre
 	s := db.streams[stream]
 	if s != nil && s.tombstoned {
 		return &fakeReader{err: kind(driver.Deleted, "stream %q is deleted", stream)}, nil
+	}
+	if (s == nil || s.deleted) && db.early {
+		return nil, kind(driver.NotFound, "stream %q is not found", stream)
 	}
 	if s == nil || s.deleted {
 		return &fakeReader{err: kind(driver.NotFound, "stream %q is not found", stream)}, nil

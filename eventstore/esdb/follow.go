@@ -19,6 +19,8 @@ import (
 type news struct {
 	at    eventstore.Position
 	event *decoded
+	// unreadable is why no more is known of the event than where it is.
+	unreadable error
 	// caughtUp says that this was all there was; at is 0 then.
 	caughtUp bool
 }
@@ -81,9 +83,13 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 					return nil // before where it was asked to begin
 				}
 				e, err := s.decode(m.Event)
-				if err == nil {
+				switch {
+				case err == nil:
 					tell.event = &e
-				} else if !errors.Is(err, errForeign) {
+				case errors.Is(err, errForeign):
+				case e.Position > 0:
+					tell.event, tell.unreadable = &e, err
+				default:
 					return fatal{err}
 				}
 				resume = driver.AllFrom{Position: m.Event.Position}
@@ -98,12 +104,11 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 					return nil
 				}
 			case m.CaughtUp:
-				if err := fn(news{caughtUp: true}); err != nil && err != errAgain {
-					return fatal{err}
-				} else if err != nil {
+				err := fn(news{caughtUp: true})
+				if err == nil || errors.Is(err, errAgain) {
 					return err
 				}
-				return nil
+				return fatal{err}
 			default:
 				return nil
 			}
@@ -234,9 +239,16 @@ type follower struct {
 	err     error               // why it ended
 	low     eventstore.Position // all events behind it are in events
 	head    end                 // the last event seen
-	events  []eventstore.Recorded
+	events  []kept
 	bytes   int
 	grown   chan struct{} // closed and replaced whenever any of this changes
+}
+
+// kept is an event of the tail; one that cannot be read stops those whom it
+// concerns.
+type kept struct {
+	eventstore.Recorded
+	unreadable error
 }
 
 func newFollower(s *Store) *follower { return &follower{store: s, grown: make(chan struct{})} }
@@ -247,7 +259,7 @@ type view struct {
 	err    error
 	low    eventstore.Position
 	head   end
-	events []eventstore.Recorded // behind the position asked for, if that is not before low
+	events []kept // behind the position asked for, if that is not before low
 	grown  <-chan struct{}
 }
 
@@ -310,7 +322,7 @@ func (f *follower) follow(ctx context.Context) error {
 	f.ready, f.low, f.head, f.events, f.bytes = true, last.position, last, nil, 0
 	f.wake()
 	f.mu.Unlock()
-	var held []decoded // the events of a commit that has not come whole
+	var held []kept // the events of a commit that has not come whole
 	return s.follow(ctx, ctx, s.everything(), last.position, 0, func(n news) error {
 		whole := true
 		if n.event != nil {
@@ -318,7 +330,7 @@ func (f *follower) follow(ctx context.Context) error {
 				f.take(held)
 				held = held[:0]
 			}
-			held = append(held, *n.event)
+			held = append(held, kept{n.event.Recorded, n.unreadable})
 			whole = n.event.index == n.event.of-1
 		}
 		if whole && len(held) > 0 {
@@ -330,13 +342,13 @@ func (f *follower) follow(ctx context.Context) error {
 }
 
 // take keeps the events and wakes who waits.
-func (f *follower) take(events []decoded) {
+func (f *follower) take(events []kept) {
 	s := f.store
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for i := range events {
 		e := &events[i]
-		f.events = append(f.events, e.Recorded)
+		f.events = append(f.events, *e)
 		f.bytes += len(e.Data)
 		s.places.add(e.Position)
 	}
@@ -439,10 +451,17 @@ func (b *subscriber) fromTail(v view) error {
 	var events []eventstore.Recorded
 	for i := range v.events {
 		e := &v.events[i]
-		if !b.q.Matches(e) {
+		if e.unreadable != nil && concerns(b.q, &e.Recorded) {
+			if len(events) == 0 {
+				return e.unreadable
+			}
+			// First what lies before.
+			return b.hand(events, v.events[i-1].Position, false)
+		}
+		if e.unreadable != nil || !b.q.Matches(&e.Recorded) {
 			continue
 		}
-		events = append(events, *e)
+		events = append(events, e.Recorded)
 		if len(events) == batchEvents && i < len(v.events)-1 {
 			return b.hand(events, e.Position, false)
 		}
@@ -468,7 +487,7 @@ func (b *subscriber) catchUp(ctx context.Context, last end) error {
 	to := goal{s: s, last: last}
 	err := s.follow(inner, b.caller, s.filter(b.q, last), b.through, 0, func(n news) error {
 		if n.caughtUp {
-			if err := to.caughtUp(inner); err != errArrived {
+			if err := to.caughtUp(inner); !errors.Is(err, errArrived) {
 				return err
 			}
 			return arrive()
@@ -476,7 +495,15 @@ func (b *subscriber) catchUp(ctx context.Context, last end) error {
 		if n.at > last.position {
 			return arrive()
 		}
-		if n.event != nil && b.q.Matches(&n.event.Recorded) {
+		if n.unreadable != nil && n.at <= last.position && concerns(b.q, &n.event.Recorded) {
+			if len(events) > 0 { // first what lies before
+				if err := b.hand(events, events[len(events)-1].Position, false); err != nil {
+					return err
+				}
+			}
+			return n.unreadable
+		}
+		if n.event != nil && n.unreadable == nil && b.q.Matches(&n.event.Recorded) {
 			events = append(events, n.event.Recorded)
 		}
 		switch {

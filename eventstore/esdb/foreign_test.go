@@ -6,14 +6,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/esdb/internal/driver"
 )
 
-// R4: the receiver's time counts against Patience.
+// the receiver's time counts against Patience.
 type breaking struct {
 	*client
 	breakAt int // of events handed out by readers
@@ -28,6 +27,7 @@ func (b *breaking) ReadStream(ctx context.Context, n string, f driver.StreamFrom
 	r, err := b.client.ReadStream(ctx, n, f, back, c)
 	return &breakingReader{r, b}, err
 }
+
 func (r *breakingReader) Next(ctx context.Context) (*driver.Recorded, error) {
 	if r.b.seen == r.b.breakAt {
 		r.b.seen++
@@ -56,7 +56,7 @@ func TestStore_SlowReceiverOfRead(t *testing.T) {
 	require.Equal(t, 3, n)
 }
 
-// R6: what findEnd has looked through is lost when patience ends.
+// what findEnd has looked through is lost when patience ends.
 type slow struct {
 	*client
 	most int // events of one read before the server is silent
@@ -70,6 +70,7 @@ func (d *slow) ReadAll(ctx context.Context, f driver.AllFrom, back bool, c uint6
 	r, err := d.client.ReadAll(ctx, f, back, c)
 	return &slowReader{r, d.most}, err
 }
+
 func (r *slowReader) Next(ctx context.Context) (*driver.Recorded, error) {
 	if r.left--; r.left < 0 {
 		select { // slow, but never silent for as long as Patience
@@ -99,66 +100,60 @@ func TestStore_HeadBehindManyForeignEvents(t *testing.T) {
 	require.NoError(t, err)
 }
 
-// R15: remembered streams and soft deletion.
-func TestStore_SoftDeletedStreamExists(t *testing.T) {
-	db := newDatabase()
-	c := db.client()
-	s, err := Open(t.Context(), "", withDriver(c))
-	require.NoError(t, err)
-	defer s.Close()
-	_, err = s.Append(t.Context(), rvCommit(3))
-	require.NoError(t, err)
-	_, err = c.Delete(t.Context(), "account-ann", driver.Any)
-	require.NoError(t, err)
-	n, err := rvRead(t.Context(), s, eventstore.OneStream(rv), eventstore.ReadOptions{})
-	require.NoError(t, err)
-	require.Zero(t, n)
-	r, err := s.Append(t.Context(), rvCommit(1, eventstore.StreamExists(rv)))
-	t.Log(r, err)
-	require.ErrorIs(t, err, eventstore.ErrConflict)
+// Deleting a stream voids the conditions on it. What the server promises stays:
+// the numbering goes on, and no version is given twice.
+func TestPoint35_DeletionVoidsConditions(t *testing.T) {
+	t.Parallel()
+	for name, conditions := range map[string][]eventstore.Condition{
+		"none": nil, "exists": {eventstore.StreamExists(rv)}, "must be new": {eventstore.StreamAt(rv, eventstore.Revision{})},
+		"the version before": {eventstore.StreamAt(rv, eventstore.Revision{Version: 3})},
+	} {
+		db := newDatabase()
+		remembers, fresh := over(t, db), over(t, db)
+		_, err := remembers.Append(t.Context(), rvCommit(3))
+		require.NoError(t, err, name)
+		_, err = db.client().Delete(t.Context(), "account-ann", driver.Any)
+		require.NoError(t, err, name)
+		n, err := rvRead(t.Context(), remembers, eventstore.OneStream(rv), eventstore.ReadOptions{})
+		require.NoError(t, err, name)
+		require.Zero(t, n, name)
+		if name == "exists" {
+			_, err = fresh.Append(t.Context(), rvCommit(1, conditions...))
+			require.ErrorIs(t, err, eventstore.ErrConflict, "whoever has not seen the stream finds it empty")
+		}
+		r, err := remembers.Append(t.Context(), rvCommit(1, conditions...))
+		require.NoError(t, err, name)
+		require.Equal(t, uint64(4), r.Revision(rv).Version, name)
+		for _, wrong := range []uint64{0, 3} {
+			_, err = fresh.Append(t.Context(), rvCommit(1, eventstore.StreamAt(rv, eventstore.Revision{Version: wrong})))
+			require.ErrorIs(t, err, eventstore.ErrConflict, "%s: version 4 is there, and only once", name)
+		}
+	}
 }
 
-func TestStore_DeletedVersionPasses(t *testing.T) {
+// Keys are as old as their events: after a deletion they are those that the
+// process remembers, if it does.
+func TestPoint35_DeletionVoidsKeys(t *testing.T) {
+	t.Parallel()
 	db := newDatabase()
-	c := db.client()
-	s, err := Open(t.Context(), "", withDriver(c))
+	s := over(t, db)
+	c := rvCommit(3)
+	c.Key = "k"
+	_, err := s.Append(t.Context(), c)
 	require.NoError(t, err)
-	defer s.Close()
-	r, err := s.Append(t.Context(), rvCommit(3))
+	_, err = db.client().Delete(t.Context(), "account-ann", driver.Any)
 	require.NoError(t, err)
-	_, err = c.Delete(t.Context(), "account-ann", driver.Any)
+	again, err := s.Append(t.Context(), c)
 	require.NoError(t, err)
-	r, err = s.Append(t.Context(), rvCommit(1, eventstore.StreamAt(rv, r.Revision(rv))))
-	t.Log(r, err)
-	require.Error(t, err)
-}
-
-// cached keys of deleted events
-func TestStore_DeletedKeys(t *testing.T) {
-	db := newDatabase()
-	c := db.client()
-	s, err := Open(t.Context(), "", withDriver(c))
+	require.True(t, again.Duplicate, "the process remembers")
+	other := over(t, db)
+	_, used, err := other.Lookup(t.Context(), rv, "k")
 	require.NoError(t, err)
-	defer s.Close()
-	cm := rvCommit(3)
-	cm.Key = "k"
-	_, err = s.Append(t.Context(), cm)
+	require.False(t, used)
+	r, err := other.Append(t.Context(), c)
 	require.NoError(t, err)
-	_, err = c.Delete(t.Context(), "account-ann", driver.Any)
-	require.NoError(t, err)
-	_, ok, err := s.Lookup(t.Context(), rv, "k")
-	t.Log("cached", ok, err)
-	other, err := Open(t.Context(), "", withDriver(db.client()))
-	require.NoError(t, err)
-	defer other.Close()
-	r, err := other.Append(t.Context(), rvCommit(1))
-	t.Log(r, err)
-	r, err = s.Append(t.Context(), cm)
-	t.Log(r, err)
-	cm.Key = "k2"
-	r, err = s.Append(t.Context(), cm)
-	t.Log(r, err)
-	_, ok, err = other.Lookup(t.Context(), rv, "k")
-	t.Log("other", ok, err)
-	_ = uuid.Nil
+	require.False(t, r.Duplicate, "to others it is a new one")
+	require.Equal(t, uint64(6), r.Revision(rv).Version)
+	_, _, err = over(t, db).Lookup(t.Context(), rv, "other")
+	require.ErrorIs(t, err, eventstore.ErrGap, "what was removed may have had the key")
 }

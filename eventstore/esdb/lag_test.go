@@ -33,7 +33,7 @@ func rvRead(ctx context.Context, s *Store, q eventstore.Query, o eventstore.Read
 	return n, nil
 }
 
-// R1: all of a stream's events are hidden ($maxAge, $tb).
+// all of a stream's events are hidden ($maxAge, $tb).
 func TestStore_AllHidden(t *testing.T) {
 	db := newDatabase()
 	s, err := Open(t.Context(), "", withDriver(db.client()), Patience(time.Second))
@@ -67,7 +67,7 @@ func TestStore_AllHidden(t *testing.T) {
 	}
 }
 
-// R2: a node that lags says that a subscription has caught up.
+// a node that lags says that a subscription has caught up.
 type lagging struct {
 	*client
 	lag func() int // how many events the node has; <0: all
@@ -123,7 +123,7 @@ func TestStore_LaggingNode(t *testing.T) {
 	require.Equal(t, 10, n, "Subscribe: events up to Through")
 }
 
-// R3: the server ends calls with Canceled.
+// the server ends calls with Canceled.
 func TestStore_CanceledByServer(t *testing.T) {
 	db := newDatabase()
 	s, err := Open(t.Context(), "", withDriver(db.client()))
@@ -167,6 +167,7 @@ func (d *dropping) SubscribeAll(ctx context.Context, after driver.AllFrom, f dri
 	sub, err := d.client.SubscribeAll(ctx, after, f)
 	return &droppingSub{sub, d}, err
 }
+
 func (s *droppingSub) Next(ctx context.Context) (driver.Message, error) {
 	select {
 	case err := <-s.d.err:

@@ -15,11 +15,12 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func features() storetest.Features { return matrix.Of("esdb") }
 
 // A tail of one event makes every subscriber read from the server; one that
-// never says that a subscription has caught up must do as well.
+// never says that a subscription has caught up must do as well, and one whose
+// client tells of a missing stream at once.
 func TestStore_WithoutTail(t *testing.T) {
 	storetest.Run(t, func(t testing.TB) storetest.Opener {
 		db := newDatabase()
-		db.silent = true
+		db.silent, db.early = true, true
 		return func() (storetest.Store, error) { return Open(t.Context(), "", withDriver(db.client()), Tail(1, 1)) }
 	}, features())
 }

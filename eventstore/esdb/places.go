@@ -113,14 +113,23 @@ func (s *Store) Head(ctx context.Context) (eventstore.Position, error) {
 }
 
 // findEnd reads backward from the end of the database until it finds an event
-// of the log, or comes to what was looked through before.
+// of the log, or comes to what was looked through before. A node that does not
+// have what is known to be there lags: then the leader is asked.
 func (s *Store) findEnd(caller context.Context) (end, error) {
+	found, err := s.findEndAt(caller, false)
+	if _, _, known := s.tip.get(); err == nil && found.position < known {
+		return s.findEndAt(caller, true)
+	}
+	return found, err
+}
+
+func (s *Store) findEndAt(caller context.Context, leader bool) (end, error) {
 	ctx, cancel := s.within(caller)
 	defer cancel()
-	known, upTo, _ := s.tip.get()
+	last, upTo, _ := s.tip.get()
 	var newest eventstore.Position
 	var found end
-	at, count := driver.AllFrom{End: true}, uint64(4)
+	at, count := driver.AllFrom{End: true, Leader: leader}, uint64(4)
 	// What lies behind the log's last event may be much: only silence is bounded.
 	r := reading{s: s, caller: caller}
 	err := r.resume(ctx, "read the end of the log", func(ctx context.Context, tell func()) error {
@@ -136,7 +145,7 @@ func (s *Store) findEnd(caller context.Context) (end, error) {
 		return end{}, err
 	}
 	if found.position == 0 {
-		found = known
+		found = last
 	}
 	s.tip.set(found, newest)
 	s.places.add(found.position)
@@ -167,7 +176,7 @@ func (s *Store) endWithin(ctx context.Context, at *driver.AllFrom, count uint64,
 		if upTo > 0 && position <= upTo {
 			return n, true, nil
 		}
-		*at = driver.AllFrom{Position: r.Position}
+		*at = driver.AllFrom{Position: r.Position, Leader: at.Leader}
 		_, err = s.decode(r)
 		if errors.Is(err, errForeign) {
 			continue

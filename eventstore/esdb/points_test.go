@@ -600,3 +600,55 @@ func TestPositionsThatNobodyGave(t *testing.T) {
 		}
 	}
 }
+
+// To deed a stream exists when it has events: one with metadata alone, or a
+// deleted one, does not, whatever the server says of it.
+func TestPoint06_07_ExistsIsJudgedByEvents(t *testing.T) {
+	b := setup(t)
+	exists, isNew := eventstore.StreamExists(b.stream), eventstore.StreamAt(b.stream, eventstore.Revision{})
+	_, err := b.commit(1, exists)
+	require.ErrorIs(t, err, eventstore.ErrConflict, "5: a missing one")
+	require.NoError(t, b.driver.SetMetadata(b.ctx, b.name, driver.Any, []byte(`{"owner":"ann"}`)))
+	_, err = b.commit(1, exists)
+	require.ErrorIs(t, err, eventstore.ErrConflict, "6: one with metadata alone")
+	require.Equal(t, uint64(1), b.must(1, isNew).Revision(b.stream).Version)
+	require.Equal(t, uint64(2), b.must(1, exists).Revision(b.stream).Version)
+	_, err = b.driver.Delete(b.ctx, b.name, driver.Any)
+	require.NoError(t, err)
+	_, err = open(t, b.url, b.options...).Append(b.ctx, eventstore.Commit{Events: b.deed(1), Conditions: []eventstore.Condition{exists}})
+	require.ErrorIs(t, err, eventstore.ErrConflict, "7: a deleted one")
+	require.Equal(t, uint64(3), b.must(1, isNew).Revision(b.stream).Version, "35: the numbering goes on")
+}
+
+// A tombstone ends the server's subscription to the stream; those of a store have
+// the whole log below them, and go on.
+func TestPoint57_SubscriptionsOutliveATombstone(t *testing.T) {
+	b := setup(t)
+	b.must(2)
+	other := eventstore.Stream{Category: "account", ID: "bob"}
+	counts := map[string]int{}
+	gone := false
+	for batch, err := range b.store.Subscribe(b.ctx, eventstore.OneCategory("account"), 0) {
+		require.NoError(t, err)
+		for _, e := range batch.Events {
+			counts[e.Stream.ID]++
+		}
+		if counts["ann"] == 2 && !gone {
+			gone = true
+			_, err := b.driver.Tombstone(b.ctx, b.name, driver.Any)
+			require.NoError(t, err)
+			_, err = b.store.Append(b.ctx, eventstore.Commit{Events: []eventstore.Event{{Stream: other, Type: "happened"}}})
+			require.NoError(t, err)
+		}
+		if counts["bob"] == 1 {
+			break
+		}
+	}
+	require.Equal(t, map[string]int{"ann": 2, "bob": 1}, counts)
+	for batch, err := range b.store.Subscribe(b.ctx, eventstore.OneStream(b.stream), 0) {
+		require.NoError(t, err, "nor does it hinder one that begins later")
+		if batch.CaughtUp {
+			break
+		}
+	}
+}

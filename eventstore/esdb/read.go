@@ -99,6 +99,18 @@ func (r *reading) give(e *eventstore.Recorded) error {
 	return nil
 }
 
+// judge gives what was decoded. What cannot be read ends the read if it may be
+// what is asked for.
+func (r *reading) judge(e *decoded, err error) error {
+	switch {
+	case err == nil:
+		return r.give(&e.Recorded)
+	case errors.Is(err, errForeign), e.Position > 0 && (e.Position <= r.o.After || e.Position > r.o.Through || !concerns(r.q, &e.Recorded)):
+		return nil
+	}
+	return err
+}
+
 // resume runs fn again after failures that pass, until the server has been
 // waited for long enough without news.
 func (r *reading) resume(ctx context.Context, what string, fn func(ctx context.Context, news func()) error) error {
@@ -334,12 +346,12 @@ func (r *reading) forward(ctx context.Context) error {
 	to := goal{s: r.s, last: last}
 	err = r.s.follow(ctx, r.caller, r.s.filter(r.q, last), r.o.After, r.s.settings.patience, func(n news) error {
 		if n.event != nil && n.at <= r.o.Through {
-			if err := r.give(&n.event.Recorded); err != nil {
+			if err := r.judge(n.event, n.unreadable); err != nil {
 				return err
 			}
 		}
 		if n.caughtUp {
-			if err := to.caughtUp(ctx); err != errArrived {
+			if err := to.caughtUp(ctx); !errors.Is(err, errArrived) {
 				return err
 			}
 			return errEnough
@@ -365,12 +377,11 @@ func (r *reading) backward(ctx context.Context) error {
 		}
 		if first != nil {
 			at = driver.AllFrom{Position: first.Position}
-			if e, err := r.s.decode(first); err == nil {
-				if err := r.give(&e.Recorded); err != nil {
+			e, err := r.s.decode(first)
+			if eventstore.Position(first.Position.Commit) <= r.o.Through {
+				if err := r.judge(&e, err); err != nil {
 					return err
 				}
-			} else if !errors.Is(err, errForeign) && eventstore.Position(first.Position.Commit) == r.o.Through {
-				return err
 			}
 		}
 	}
@@ -396,13 +407,7 @@ func (r *reading) backward(ctx context.Context) error {
 				return nil
 			}
 			e, err := r.s.decode(got)
-			if errors.Is(err, errForeign) {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			if err := r.give(&e.Recorded); err != nil {
+			if err := r.judge(&e, err); err != nil {
 				return err
 			}
 		}

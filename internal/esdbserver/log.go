@@ -61,7 +61,7 @@ func (r *record) size() uint64 {
 type stream struct {
 	records   []*record // by revision
 	tombstone *record
-	first     map[uuid.UUID]*record // the first record with an id
+	first     map[uuid.UUID]*record // the first record with an id, since the server was started
 	metadata  metadata
 }
 
@@ -100,6 +100,8 @@ type log struct {
 	// append expects any revision.
 	recent int
 	now    func() time.Time
+	// forgetful: what the log began with is not known by its ids any more.
+	forgetful bool
 
 	mu      sync.RWMutex
 	records []*record
@@ -113,7 +115,7 @@ type log struct {
 }
 
 func newLog(store eventstore.Store, recent int, now func() time.Time) *log {
-	return &log{store: store, recent: recent, now: now, streams: map[string]*stream{}, end: logBegin, changed: make(chan struct{})}
+	return &log{store: store, recent: recent, now: now, streams: map[string]*stream{}, end: logBegin, forgetful: true, changed: make(chan struct{})}
 }
 
 func isMetastream(name string) bool { return strings.HasPrefix(name, "$$") }
@@ -188,7 +190,7 @@ func (l *log) add(r *record) {
 	}
 	r.revision = int64(len(s.records))
 	s.records = append(s.records, r)
-	if s.first[r.id] == nil {
+	if s.first[r.id] == nil && !l.forgetful {
 		s.first[r.id] = r
 	}
 	l.refreshMetadata(r.stream)

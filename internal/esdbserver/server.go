@@ -49,8 +49,8 @@ func Address(hostPort string) Option { return func(s *settings) { s.address = ho
 func MaxAppendBytes(n int) Option { return func(s *settings) { s.maxAppend = n } }
 
 // RecentWrites replaces [DefaultRecentWrites]. A real server has a memory of a
-// limited size too: with 0 an append that expects any revision is never known
-// as a repeat.
+// limited size too, and none of what was written before it was started: with 0 an
+// append that expects any revision is never known as a repeat.
 func RecentWrites(n int) Option { return func(s *settings) { s.recentWrites = n } }
 
 // Clock replaces time.Now, which dates events and judges $maxAge.
@@ -116,6 +116,7 @@ func (s *Server) Up() error {
 		stop()
 		return fmt.Errorf("start the EventStoreDB server: %w", err)
 	}
+	l.forgetful = false
 	socket, err := net.Listen("tcp", s.address)
 	if err != nil {
 		stop()

@@ -96,6 +96,8 @@ type Recorded struct {
 type StreamFrom struct {
 	Start, End bool
 	Revision   uint64
+	// Leader: a node that follows, and may lag, must not answer a read.
+	Leader bool
 }
 
 // AllFrom is where a read or subscription of all streams begins: the position,
@@ -103,6 +105,8 @@ type StreamFrom struct {
 type AllFrom struct {
 	Start, End bool
 	Position   Position
+	// Leader: a node that follows, and may lag, must not answer a read.
+	Leader bool
 }
 
 // Filter selects events on the server. Exactly one member is set, or none for

@@ -26,6 +26,7 @@ import (
 	"github.com/EventStore/EventStore-Client-Go/v4/esdb"
 	"github.com/google/uuid"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/deed-go/deed/eventstore/esdb/internal/driver"
@@ -43,6 +44,8 @@ type Driver struct {
 	pool   *pool
 	log    *slog.Logger
 	leader atomic.Pointer[string] // where a follower has sent us
+
+	silence time.Duration
 }
 
 var _ driver.Driver = (*Driver)(nil)
@@ -52,6 +55,9 @@ const (
 	searchWindow = 512
 	// ahead is how many events are received before they are asked for.
 	ahead = 64
+	// silence is for how long a call is answered by nothing, not even by the loss of
+	// its connection, before another client is made.
+	silence = 5 * time.Second
 	// grace is how long Close waits for calls that hang in the client.
 	grace = 2 * time.Second
 )
@@ -67,7 +73,7 @@ func New(url string, log *slog.Logger) (*Driver, error) {
 	}
 	// The supervisor tries again, with pauses.
 	config.MaxDiscoverAttempts, config.DiscoveryInterval = 1, 1
-	d := &Driver{config: *config, log: log}
+	d := &Driver{config: *config, log: log, silence: silence}
 	d.pool = supervisor.New(supervisor.Config[*esdb.Client]{
 		Connect: d.connect,
 		Close:   func(c *esdb.Client) { _ = c.Close() },
@@ -142,10 +148,17 @@ func (p passing) Deadline() (time.Time, bool) {
 // do runs one call of the client's that ends by itself.
 func (d *Driver) do(ctx context.Context, fn func(context.Context, *esdb.Client) error) error {
 	var failure error // belongs to fn until Do says that it has returned
+	type use struct {
+		*generation
+		since time.Time
+	}
+	var used atomic.Pointer[use]
 	called, err := d.pool.Do(ctx, func(g *generation, client *esdb.Client, started func()) {
+		used.Store(&use{g, time.Now()})
 		inner, cancel := d.within(ctx)
 		defer cancel()
 		err := classify(fn(passing{inner, started}, client))
+		started()
 		d.judge(g, err)
 		if ctx.Err() == nil {
 			failure = err
@@ -153,6 +166,9 @@ func (d *Driver) do(ctx context.Context, fn func(context.Context, *esdb.Client) 
 	})
 	switch {
 	case ctx.Err() != nil:
+		if u := used.Load(); u != nil && time.Since(u.since) > d.silence {
+			u.Failed(fmt.Errorf("no answer for %s", time.Since(u.since))) // the connection may be dead without a word
+		}
 		return &driver.Error{Kind: driver.Ended, Unsent: !called, Err: because(ctx, err)}
 	case err == nil:
 		return failure
@@ -258,6 +274,10 @@ func classifyStatus(err error) driver.Kind {
 		return driver.NotFound
 	case codes.PermissionDenied, codes.Unauthenticated:
 		return driver.Denied
+	case codes.Unknown:
+		if strings.Contains(text, "no leader info") {
+			return driver.Aborted // the nodes are choosing one
+		}
 	case codes.Internal:
 		if strings.Contains(text, "rst_stream") || strings.Contains(text, "stream terminated") {
 			return driver.Aborted // the connection broke
@@ -304,10 +324,31 @@ func (d *Driver) Append(ctx context.Context, stream string, expected driver.Expe
 		}
 		return err
 	})
-	if err != nil {
+	switch {
+	case driver.KindOf(err) == driver.Rejected:
+		return driver.Appended{}, d.reason(ctx, stream, err)
+	case err != nil:
 		return driver.Appended{}, err
 	}
 	return <-out, nil
+}
+
+// nowhere is a revision that no stream has.
+const nowhere = 1<<63 - 2
+
+// reason finds out why the server ended an append before it had all of it, which
+// the client does not tell: one that has no events, and could not be written
+// anywhere, is refused for the same reason if that is not the events.
+func (d *Driver) reason(ctx context.Context, stream string, rejected error) error {
+	err := d.do(ctx, func(ctx context.Context, client *esdb.Client) error {
+		_, err := client.AppendToStream(ctx, stream, esdb.AppendToStreamOptions{ExpectedRevision: esdb.Revision(nowhere)})
+		return err
+	})
+	switch driver.KindOf(err) {
+	case driver.Denied, driver.Deleted:
+		return err
+	}
+	return rejected
 }
 
 // Delete implements driver.Driver.
@@ -366,7 +407,7 @@ func (d *Driver) SetMetadata(ctx context.Context, stream string, expected driver
 // ReadStream implements driver.Driver.
 func (d *Driver) ReadStream(ctx context.Context, stream string, from driver.StreamFrom, backward bool, count uint64) (driver.Reader, error) {
 	options := esdb.ReadStreamOptions{From: streamPosition(from), Direction: direction(backward)}
-	return d.read(ctx, func(ctx context.Context, client *esdb.Client) (*esdb.ReadStream, error) {
+	return d.read(ctx, from.Leader, func(ctx context.Context, client *esdb.Client) (*esdb.ReadStream, error) {
 		return client.ReadStream(ctx, stream, options, count)
 	})
 }
@@ -374,12 +415,16 @@ func (d *Driver) ReadStream(ctx context.Context, stream string, from driver.Stre
 // ReadAll implements driver.Driver.
 func (d *Driver) ReadAll(ctx context.Context, from driver.AllFrom, backward bool, count uint64) (driver.Reader, error) {
 	options := esdb.ReadAllOptions{From: allPosition(from), Direction: direction(backward)}
-	return d.read(ctx, func(ctx context.Context, client *esdb.Client) (*esdb.ReadStream, error) {
+	return d.read(ctx, from.Leader, func(ctx context.Context, client *esdb.Client) (*esdb.ReadStream, error) {
 		return client.ReadAll(ctx, options, count)
 	})
 }
 
-func (d *Driver) read(ctx context.Context, open func(context.Context, *esdb.Client) (*esdb.ReadStream, error)) (driver.Reader, error) {
+func (d *Driver) read(ctx context.Context, leader bool, open func(context.Context, *esdb.Client) (*esdb.ReadStream, error)) (driver.Reader, error) {
+	if leader {
+		// The client itself puts it where it is never sent.
+		ctx = metadata.AppendToOutgoingContext(ctx, "requires-leader", "true")
+	}
 	return start(ctx, d, func(ctx context.Context, client *esdb.Client) (func() (*driver.Recorded, error), func(), error) {
 		reading, err := open(ctx, client)
 		if err != nil {

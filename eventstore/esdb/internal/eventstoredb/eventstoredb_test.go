@@ -5,7 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
+	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -93,6 +97,8 @@ func TestClassify(t *testing.T) {
 		"wrong version as a status": {wrapped(codes.FailedPrecondition, "Append failed due to WrongExpectedVersion. Stream: s, Expected version: 7, Actual version: 0"), driver.WrongVersion},
 		"tombstoned":                {wrapped(codes.FailedPrecondition, "Event stream 's' is deleted."), driver.Deleted},
 		"too large":                 {wrapped(codes.InvalidArgument, "Maximum Append Size of 1048576 Exceeded."), driver.TooLarge},
+		"too large a message":       {wrapped(codes.ResourceExhausted, "grpc: received message larger than max (20000000 vs. 17825792)"), driver.TooLarge},
+		"choosing a leader":         {wrapped(codes.Unknown, "No leader info available in response"), driver.Aborted},
 		"no reason":                 {fmt.Errorf("could not send: %w", io.EOF), driver.Rejected},
 		"cancelled":                 {wrapped(codes.Canceled, "context canceled"), driver.Ended},
 		"late":                      {wrapped(codes.DeadlineExceeded, ""), driver.Timeout},
@@ -141,6 +147,192 @@ func TestDriver_CancellationIsRecognisable(t *testing.T) {
 	require.ErrorIs(t, err, why)
 	require.True(t, driver.Unsent(err))
 	s.Intercept(nil)
+}
+
+// A node that follows does not answer a read that asks for the leader: the
+// driver goes to the leader that it names. Others it answers itself.
+func TestDriver_AsksTheLeader(t *testing.T) {
+	t.Parallel()
+	log := memory.New()
+	defer log.Close()
+	leader, err := esdbserver.Start(log)
+	require.NoError(t, err)
+	defer leader.Close()
+	follower, err := esdbserver.Start(log)
+	require.NoError(t, err)
+	defer follower.Close()
+	var asked atomic.Int64
+	leader.Intercept(func(_ context.Context, method string) error {
+		if strings.HasSuffix(method, "Streams/Read") {
+			asked.Add(1)
+		}
+		return nil
+	})
+	host, text, err := net.SplitHostPort(leader.Address())
+	require.NoError(t, err)
+	port, err := strconv.Atoi(text)
+	require.NoError(t, err)
+	follower.FollowLeader(host, port)
+	reads := map[string]func(*Driver, bool) (driver.Reader, error){
+		"stream": func(d *Driver, leader bool) (driver.Reader, error) {
+			return d.ReadStream(t.Context(), "$settings", driver.StreamFrom{Start: true, Leader: leader}, false, 1)
+		},
+		"all": func(d *Driver, leader bool) (driver.Reader, error) {
+			return d.ReadAll(t.Context(), driver.AllFrom{End: true, Leader: leader}, true, 1)
+		},
+	}
+	for name, read := range reads {
+		d, err := New(follower.URL(), nil)
+		require.NoError(t, err)
+		next := func(leader bool) error {
+			r, err := read(d, leader)
+			require.NoError(t, err)
+			defer r.Close()
+			_, err = r.Next(t.Context())
+			return err
+		}
+		before := asked.Load()
+		require.NoError(t, next(false), name)
+		require.Equal(t, before, asked.Load(), "%s: the follower answers by itself", name)
+		err = next(true)
+		require.Equal(t, driver.Unavailable, driver.KindOf(err), "%s: %v", name, err)
+		require.True(t, driver.Transient(err))
+		require.NoError(t, next(true), name)
+		require.Equal(t, before+1, asked.Load(), "%s: the leader answers", name)
+		require.NoError(t, d.Close())
+	}
+}
+
+// proxy stands between, and can stop to forward what goes over the connections
+// that it has, without closing them.
+type proxy struct {
+	net.Listener
+	mu     sync.Mutex
+	conns  []net.Conn
+	frozen chan struct{}
+	all    sync.WaitGroup
+}
+
+func between(t *testing.T, to string) *proxy {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	p := &proxy{Listener: l, frozen: make(chan struct{})}
+	p.all.Go(func() {
+		for {
+			from, err := l.Accept()
+			if err != nil {
+				return
+			}
+			into, err := net.Dial("tcp", to)
+			if err != nil {
+				from.Close()
+				continue
+			}
+			p.mu.Lock()
+			p.conns = append(p.conns, from, into)
+			frozen := p.frozen
+			p.mu.Unlock()
+			forward := func(dst, src net.Conn) {
+				buffer := make([]byte, 32<<10)
+				for {
+					n, err := src.Read(buffer)
+					select {
+					case <-frozen: // swallowed
+						n = 0
+					default:
+					}
+					if _, failed := dst.Write(buffer[:n]); failed != nil || err != nil {
+						return
+					}
+				}
+			}
+			p.all.Go(func() { forward(into, from) })
+			p.all.Go(func() { forward(from, into) })
+		}
+	})
+	t.Cleanup(func() {
+		l.Close()
+		p.mu.Lock()
+		for _, c := range p.conns {
+			c.Close()
+		}
+		p.mu.Unlock()
+		p.all.Wait()
+	})
+	return p
+}
+
+func (p *proxy) freeze() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(p.frozen)
+	p.frozen = make(chan struct{})
+}
+
+// A connection that is dead without a word is not used for ever: whoever comes
+// after a call that was never answered gets another one.
+func TestDriver_ConnectionDeadWithoutAWord(t *testing.T) {
+	t.Parallel()
+	s := server(t)
+	p := between(t, s.Address())
+	d, err := New("esdb://"+p.Addr().String()+"?tls=false", nil)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, d.Close()) }()
+	d.silence = 0
+	events := []driver.Event{{ID: uuid.New(), Type: "e"}}
+	_, err = d.Append(t.Context(), "s", driver.NoStream, events)
+	require.NoError(t, err)
+	p.freeze()
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	_, err = d.Append(ctx, "s", 0, events)
+	require.Equal(t, driver.Ended, driver.KindOf(err))
+	require.False(t, driver.Unsent(err), "nobody knows what became of it")
+	ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_, err = d.Append(ctx, "s", 0, events)
+	require.NoError(t, err)
+	require.Equal(t, 2, d.Generations())
+}
+
+// Looking for a reason writes nothing, whatever the stream is.
+func TestDriver_ReasonWritesNothing(t *testing.T) {
+	t.Parallel()
+	s := server(t)
+	d, err := New(s.URL(), nil)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, d.Close()) }()
+	rejected := errors.New("rejected")
+	end := func() driver.Position {
+		r, err := d.ReadAll(t.Context(), driver.AllFrom{End: true}, true, 1)
+		require.NoError(t, err)
+		defer r.Close()
+		e, err := r.Next(t.Context())
+		require.NoError(t, err)
+		return e.Position
+	}
+	events := []driver.Event{{ID: uuid.New(), Type: "e"}}
+	for _, name := range []string{"missing", "there", "deleted", "tombstoned"} {
+		if name != "missing" {
+			_, err := d.Append(t.Context(), name, driver.NoStream, events)
+			require.NoError(t, err)
+		}
+		switch name {
+		case "deleted":
+			_, err = d.Delete(t.Context(), name, driver.Any)
+		case "tombstoned":
+			_, err = d.Tombstone(t.Context(), name, driver.Any)
+		}
+		require.NoError(t, err)
+		before := end()
+		err := d.reason(t.Context(), name, rejected)
+		if name == "tombstoned" {
+			require.Equal(t, driver.Deleted, driver.KindOf(err))
+		} else {
+			require.Equal(t, rejected, err, name)
+		}
+		require.Equal(t, before, end(), name)
+	}
 }
 
 // The client is pinned; what this driver needs of its insides is checked here.

@@ -116,7 +116,14 @@ func (s *Supervisor[C]) Go(ctx context.Context, fn func(g *Generation[C], client
 	}
 	go func() {
 		var once sync.Once
-		started := func() { once.Do(g.started) }
+		// A client that hangs a call says nothing; nobody else must follow it there.
+		watch := time.AfterFunc(startsWithin, g.refuse)
+		started := func() {
+			once.Do(func() {
+				watch.Stop()
+				g.started()
+			})
+		}
 		defer g.release()
 		defer started()
 		defer func() {
@@ -252,12 +259,14 @@ func (g *Generation[C]) Succeeded() {
 }
 
 // Failed breaks the generation because of an error; until a call has worked,
-// the next ones are made with growing pauses.
+// the next ones are made with growing pauses. Unlike Break it does not wait: it
+// is called when the client has returned, perhaps by a call that counts as
+// starting itself.
 func (g *Generation[C]) Failed(err error) {
 	g.mu.Lock()
 	first := !g.broken
 	g.mu.Unlock()
-	g.Break()
+	g.refuse()
 	if first {
 		g.s.mu.Lock()
 		g.s.failure = err
@@ -266,7 +275,8 @@ func (g *Generation[C]) Failed(err error) {
 	}
 }
 
-// startsWithin bounds how long Break waits for calls that are starting.
+// startsWithin bounds how long Break waits for calls that are starting. One that
+// takes longer breaks its generation.
 const startsWithin = 2 * time.Second
 
 // Break lets no further call begin on the generation, and returns when those
