@@ -98,6 +98,10 @@
 // of another program among its own has holes in its versions, so reading it by
 // itself fails with eventstore.ErrGap.
 //
+// An event of deed's that this program cannot read (of a newer format:
+// eventstore.ErrNewerVersion; damaged: eventstore.ErrDecode) stops those reads and
+// subscriptions that it may concern by its stream and type, and no others.
+//
 // # Deleted and truncated streams
 //
 // The streams of a log must be kept whole: deleting or truncating one voids the
