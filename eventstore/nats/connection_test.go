@@ -33,6 +33,7 @@ func (h *heldConn) Read(p []byte) (int, error) {
 	}
 	return n, err
 }
+
 func (h *heldConn) Close() error {
 	h.once.Do(func() { close(h.closed) })
 	return h.Conn.Close()

@@ -158,7 +158,8 @@ func TestStore_EvictedHeadByKeys(t *testing.T) {
 	}
 	store.heads.set(ann, h)
 	_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(ann, 1), Conditions: []eventstore.Condition{
-		eventstore.StreamAt(ann, r.Revision(ann)), eventstore.StreamAt(bob, other.Revision(bob)), eventstore.StreamAt(account("nobody"), eventstore.Revision{})}})
+		eventstore.StreamAt(ann, r.Revision(ann)), eventstore.StreamAt(bob, other.Revision(bob)), eventstore.StreamAt(account("nobody"), eventstore.Revision{}),
+	}})
 	require.NoError(t, err)
 }
 
