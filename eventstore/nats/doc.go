@@ -71,8 +71,8 @@
 // Deed-Time, Deed-Tags, Deed-Metadata), its version, its place in its commit, the
 // commit's key and fingerprint, and the sequences of up to sixteen events before
 // it in its stream. To load a stream is to read its last message and to follow
-// these, sixteen at once: no consumer has to be made, and the server has nothing
-// to search.
+// these, many at once: no consumer has to be made, and the server has nothing to
+// search. A stream of more than 2,048 events, or 32 MiB, is read by pages.
 //
 // # Appending
 //
@@ -115,6 +115,17 @@
 // ends, whether there is more to read) is asked of the stream's leader, because
 // others lag behind it; messages that are known to exist come from any of them.
 // While there is no leader calls wait.
+//
+// A server that is cut off takes itself for the leader for up to twenty seconds,
+// and its clients stay with it. What it says is not the last word: a commit that
+// it refuses may have been written by the leader, and is looked for before its
+// outcome is told; an end before one that was seen is not believed; messages that
+// it does not find are asked for until it must have noticed; and that nothing more
+// matches is believed only of a leader that has just heard from all replicas. A
+// read through such a server may end where the log ended when it was cut off.
+//
+// A log that is full is told at once (eventstore.ErrUnavailable, with the name of
+// the limit): nothing is written, and nothing is tried again.
 //
 // # The stream
 //

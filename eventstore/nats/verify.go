@@ -69,6 +69,9 @@ func (s *Store) verify(ctx context.Context) error {
 		if found != nil || s.replicas.Load() == 1 || time.Since(began) > yesterday {
 			break
 		}
+		if s.closed() { // Close waits for appends, which wait for this
+			return fmt.Errorf("look for the last event: %w: %w", eventstore.ErrUnavailable, errYesterday)
+		}
 		if !pause(ctx, 100*time.Millisecond) {
 			return ctx.Err()
 		}
