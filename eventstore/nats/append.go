@@ -8,8 +8,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	client "github.com/nats-io/nats.go"
-
 	"github.com/deed-go/deed/eventstore"
 )
 
@@ -18,7 +16,7 @@ type entry struct {
 	commit  eventstore.Commit
 	writes  []eventstore.Stream // the streams it writes, in the order of first mention
 	streams []eventstore.Stream // those, and the others its conditions are about
-	encoded []*client.Msg       // the events, without what depends on their place
+	encoded []*encoded          // the events
 	most    int                 // messages at most
 	bytes   int
 	order   int // within the group it is written with
@@ -28,8 +26,8 @@ type entry struct {
 	stop  func() bool // the watch over its context
 
 	// Of the group's goroutine.
-	base      head                         // of the first stream that it writes, when it was sent last
-	bases     map[eventstore.Stream]uint64 // where its streams were then
+	base      head     // of the first stream that it writes, when it was sent last
+	bases     []uint64 // where its streams were then
 	sent      bool
 	uncertain bool // it may have been written, or be written yet
 }
@@ -103,7 +101,7 @@ func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &entry{commit: c, encoded: make([]*client.Msg, len(c.Events)), most: len(c.Events)}
+	e := &entry{commit: c, encoded: make([]*encoded, len(c.Events)), most: len(c.Events)}
 	for i := range c.Events {
 		of := c.Events[i].Stream
 		if !slices.Contains(e.writes, of) {
@@ -112,7 +110,7 @@ func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
 		if e.encoded[i], err = s.subjects.encode(&c.Events[i]); err != nil {
 			return nil, err
 		}
-		n := size(e.encoded[i]) + placeHeaders
+		n := e.encoded[i].size() + placeHeaders
 		if most := s.payload.Load(); most > 0 && int64(n) > most {
 			return nil, fmt.Errorf("%w: event %q of stream %q needs %d bytes with its headers, at most %d are allowed by the server's max_payload or the stream's max_msg_size", eventstore.ErrTooLarge, c.Events[i].Type, of, n, most)
 		}
@@ -140,7 +138,8 @@ const (
 	batchBytes    = 4 << 20 // of commits that share a batch
 	groupFrom     = 16      // so many commits share a batch, where fewer are quicker alone
 	plainOne      = 16      // publishes in flight to a single server
-	plainMany     = 1024    // and to several
+	plainMany     = 128     // and to several
+	groupMany     = 64      // so many commits share a batch on several, when as many publishes are in flight as may be
 	batchesMany   = 16      // batches in flight to several servers, which take 50 a stream from everybody
 )
 
@@ -149,8 +148,8 @@ const (
 // the later one after the earlier one's outcome.
 //
 // On a single server, which syncs each publish alone, many commits share a
-// batch. On several, where the servers gather what they replicate, each goes
-// its own way.
+// batch. On several, which gather what they replicate, each goes its own way
+// until many are under way; from there on batches spare everybody messages.
 type scheduler struct {
 	store *Store
 	wake  chan struct{}
@@ -309,6 +308,8 @@ func (c *scheduler) pick() [][]*entry {
 	grouping := c.store.settings.grouping
 	if grouping == 0 && one {
 		grouping = groupFrom
+	} else if grouping == 0 {
+		grouping = groupMany
 	}
 	if hold := c.store.settings.hold; hold != nil && hold() {
 		return nil
@@ -352,8 +353,10 @@ func (c *scheduler) pick() [][]*entry {
 	components := connected(ready)
 	plain := !slices.ContainsFunc(components, func(group []*entry) bool { return len(group) > 1 || group[0].most > 1 })
 	switch {
-	case grouping > 0 && (len(ready) >= grouping || one && !plain):
-		batch(ready)
+	case len(ready) >= grouping || one && !plain:
+		if one || c.batches < batchesMany {
+			batch(ready)
+		}
 	default:
 		plains, batches := c.plains, c.batches
 		mostPlain := plainMany

@@ -82,8 +82,9 @@
 // commit of one event is a publish; one of several is an atomic batch. On a
 // single server, which syncs every publish alone, waiting commits share a batch
 // from sixteen on. On several servers commits of one event go their own ways,
-// since the servers gather what they replicate. Commits on one stream are
-// written in the order of the calls.
+// since the servers gather what they replicate, until 128 are on their way; what
+// waits then shares batches. Commits on one stream are written in the order of
+// the calls.
 //
 // When the server refuses a batch it does not say why. The store then reads
 // where the streams are, gives those commits a conflict whose conditions do not

@@ -72,43 +72,61 @@ func unquote(value string) (string, error) {
 	return value, nil
 }
 
-// encode returns the message for an event but for what depends on where it will
+// encode returns what is sent of an event but for what depends on where it will
 // be: version, pointers, expectation and batch.
-func (s subjects) encode(e *eventstore.Event) (*client.Msg, error) {
-	h := make(client.Header, 12)
-	h[headerID] = []string{e.ID.String()}
-	h[headerType] = []string{quote(e.Type)}
-	h[headerTime] = []string{strconv.FormatInt(e.Time.UnixNano(), 10)}
+func (s subjects) encode(e *eventstore.Event) (*encoded, error) {
+	to := &encoded{subject: s.of(e.Stream), data: e.Data, names: make([]string, 0, 5), values: make([]string, 0, 5)}
+	to.set(headerID, e.ID.String())
+	to.set(headerType, quote(e.Type))
+	to.set(headerTime, strconv.FormatInt(e.Time.UnixNano(), 10))
 	if len(e.Tags) > 0 {
 		tags, err := json.Marshal(e.Tags)
 		if err != nil {
 			return nil, fmt.Errorf("%w: event %q: its tags do not encode: %w", eventstore.ErrInvalid, e.Type, err)
 		}
-		h[headerTags] = []string{string(tags)}
+		to.set(headerTags, string(tags))
 	}
-	data := e.Data
 	if !e.Metadata.IsZero() {
 		metadata, err := e.Metadata.AppendJSON(nil)
 		if err != nil {
 			return nil, fmt.Errorf("%w: event %q: its metadata does not encode: %w", eventstore.ErrInvalid, e.Type, err)
 		}
 		if len(metadata) <= metadataInHeader {
-			h[headerMetadata] = []string{string(metadata)}
+			to.set(headerMetadata, string(metadata))
 		} else {
-			h[headerMetadataSize] = []string{strconv.Itoa(len(metadata))}
-			data = append(metadata, data...)
+			to.set(headerMetadataSize, strconv.Itoa(len(metadata)))
+			to.data = append(metadata, to.data...)
 		}
 	}
-	return &client.Msg{Subject: s.of(e.Stream), Header: h, Data: data}, nil
+	return to, nil
+}
+
+// encoded is an event as a message, without what depends on its place. It is
+// not changed: each message made of it has a header of its own.
+type encoded struct {
+	subject       string
+	names, values []string // of headers
+	data          []byte
+}
+
+func (e *encoded) set(name, value string) {
+	e.names, e.values = append(e.names, name), append(e.values, value)
+}
+
+// message returns a message to which so many headers will be added.
+func (e *encoded) message(more int) *client.Msg {
+	h := make(client.Header, len(e.names)+more)
+	for i, name := range e.names {
+		h[name] = e.values[i : i+1 : i+1]
+	}
+	return &client.Msg{Subject: e.subject, Header: h, Data: e.data}
 }
 
 // size returns about how many bytes the message has on its way.
-func size(m *client.Msg) int {
-	n := 64 + len(m.Subject) + len(m.Data)
-	for k, values := range m.Header {
-		for _, v := range values {
-			n += len(k) + len(v) + 4
-		}
+func (e *encoded) size() int {
+	n := 64 + len(e.subject) + len(e.data)
+	for i := range e.names {
+		n += len(e.names[i]) + len(e.values[i]) + 4
 	}
 	return n
 }

@@ -3,7 +3,6 @@ package nats
 import (
 	"context"
 	"fmt"
-	"maps"
 	"slices"
 	"strconv"
 
@@ -156,7 +155,7 @@ func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventsto
 		}
 		c := &e.commit.Conditions[failed]
 		t := p.tracks[c.Stream]
-		if e.uncertain && len(t.events) == 0 && t.base.sequence == e.bases[c.Stream] {
+		if e.uncertain && len(t.events) == 0 && t.base.sequence == e.bases[slices.Index(e.streams, c.Stream)] {
 			// It was sent behind another commit that has been given up since. Both may
 			// arrive yet, and the condition holds then.
 			e.finish(eventstore.Receipt{}, fmt.Errorf("append: %w: it was sent behind a commit that was given up", eventstore.ErrOutcomeUnknown))
@@ -261,9 +260,8 @@ func (p *plan) add(names subjects, e *entry) {
 	for i := range e.commit.Events {
 		number := len(p.messages)
 		event, t := &e.commit.Events[i], p.tracks[e.commit.Events[i].Stream]
-		encoded := e.encoded[i]
-		h := make(client.Header, len(encoded.Header)+8)
-		maps.Copy(h, encoded.Header)
+		m := e.encoded[i].message(8)
+		h := m.Header
 		h[headerVersion] = []string{strconv.FormatUint(t.version+1, 10)}
 		before := make([]int, 0, pointers)
 		for k := len(t.events) - 1; k >= 0 && len(before) < pointers; k-- {
@@ -284,7 +282,7 @@ func (p *plan) add(names subjects, e *entry) {
 			t.guarded = true
 			h[headerExpected] = []string{strconv.FormatUint(t.base.sequence, 10)}
 		}
-		p.messages = append(p.messages, &client.Msg{Subject: encoded.Subject, Header: h, Data: encoded.Data})
+		p.messages = append(p.messages, m)
 		t.version++
 		t.last = event.ID
 		t.events = append(t.events, number)
@@ -302,9 +300,9 @@ func (p *plan) add(names subjects, e *entry) {
 		}
 	}
 	e.base = p.tracks[e.writes[0]].base
-	e.bases = make(map[eventstore.Stream]uint64, len(e.streams))
+	e.bases = e.bases[:0]
 	for _, of := range e.streams {
-		e.bases[of] = p.tracks[of].base.sequence
+		e.bases = append(e.bases, p.tracks[of].base.sequence)
 	}
 	p.entries = append(p.entries, e)
 	p.receipts = append(p.receipts, receipt)

@@ -1,6 +1,7 @@
 package nats
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -232,9 +233,10 @@ func (s *Store) send(p *plan, reconnects uint64) (result outcome, first uint64, 
 	last := p.messages[count-1]
 	if count > 1 {
 		id := nuid.Next()
+		ids, sequences := []string{id}, make([]string, count)
 		for i, m := range p.messages {
-			m.Header[headerBatchID] = []string{id}
-			m.Header[headerBatchSequence] = []string{strconv.Itoa(i + 1)}
+			sequences[i] = strconv.Itoa(i + 1)
+			m.Header[headerBatchID], m.Header[headerBatchSequence] = ids, sequences[i:i+1:i+1]
 		}
 		last.Header[headerBatchCommit] = []string{"1"}
 	}
@@ -248,9 +250,7 @@ func (s *Store) send(p *plan, reconnects uint64) (result outcome, first uint64, 
 			}
 		}
 	}
-	ctx, cancel := context.WithTimeout(s.base, s.settings.attempt)
-	defer cancel()
-	answer, err := s.conn.RequestMsgWithContext(ctx, last)
+	answer, err := s.conn.RequestMsg(last, s.settings.attempt)
 	if s.settings.dropReply != nil && s.settings.dropReply() {
 		return outcomeUnknown, 0, errAgain
 	}
@@ -263,12 +263,10 @@ func (s *Store) send(p *plan, reconnects uint64) (result outcome, first uint64, 
 	if s.settings.reply != nil {
 		answer.Data = s.settings.reply(answer.Data)
 	}
-	var ack struct {
-		Error    *jetstream.APIError `json:"error"`
-		Stream   string              `json:"stream"`
-		Sequence uint64              `json:"seq"`
-		Count    int                 `json:"count"`
+	if sequence, ok := plainAck(answer.Data, s.settings.stream); ok && count == 1 {
+		return outcomeWritten, sequence, nil
 	}
+	var ack acknowledgement
 	if err := json.Unmarshal(answer.Data, &ack); err != nil {
 		return outcomeUnknown, 0, fmt.Errorf("the server's answer cannot be understood: %w", err)
 	}
@@ -291,6 +289,27 @@ func (s *Store) send(p *plan, reconnects uint64) (result outcome, first uint64, 
 		return outcomeUnknown, 0, fmt.Errorf("the server's answer %q does not fit %d messages for stream %q", answer.Data, count, s.settings.stream)
 	}
 	return outcomeWritten, ack.Sequence - uint64(count) + 1, nil
+}
+
+// acknowledgement is the server's answer to a publish or a batch.
+type acknowledgement struct {
+	Error    *jetstream.APIError `json:"error"`
+	Stream   string              `json:"stream"`
+	Sequence uint64              `json:"seq"`
+	Count    int                 `json:"count"`
+}
+
+// plainAck reads the answer that nearly every publish gets,
+// {"stream":"deed","seq":7}, and nothing else: JSON takes a twelfth of what a publish costs here.
+func plainAck(answer []byte, stream string) (uint64, bool) {
+	rest, a := bytes.CutPrefix(answer, []byte(`{"stream":"`))
+	name, rest, b := bytes.Cut(rest, []byte(`","seq":`))
+	digits, c := bytes.CutSuffix(rest, []byte{'}'})
+	if !a || !b || !c || string(name) != stream || len(digits) == 0 || digits[0] == '0' {
+		return 0, false
+	}
+	sequence, err := strconv.ParseUint(string(digits), 10, 64)
+	return sequence, err == nil
 }
 
 // record remembers where the plan has brought the streams, and tells the

@@ -260,7 +260,7 @@ func openConsumer(ctx context.Context, p params) (*job, error) {
 		notes:      fmt.Sprintf("%d streams", len(subjects)),
 		op: func(ctx context.Context, _ int) (int, error) {
 			subject := subjects[rand.IntN(len(subjects))]
-			consumer, err := js.OrderedConsumer(ctx, name, jetstream.OrderedConsumerConfig{FilterSubjects: []string{subject}})
+			consumer, err := js.OrderedConsumer(ctx, name, jetstream.OrderedConsumerConfig{FilterSubjects: []string{subject}, InactiveThreshold: time.Second})
 			if err != nil {
 				return 0, err
 			}
