@@ -25,6 +25,7 @@ type spec struct {
 var fills = map[string][]string{
 	"plain":  {"replay"},
 	"tagged": {"append-dcb", "--tags", "2"},
+	"mixed":  {"load", "--in-turn", "1"}, // the events of a stream lie a thousand apart
 }
 
 // A row compares deed with a baseline, or with a time.
@@ -88,15 +89,15 @@ var (
 	natsR3x1024   = &spec{name: "deed append on NATS R3, 1024 writers", workload: "append", store: "nats-r3", args: writers(1024)}
 	natsExecute   = &spec{name: "deed execute on NATS, 64 callers, 1,000 aggregates", workload: "execute", store: "nats", args: append(writers(64), "--aggregates", "1000")}
 	natsR3Execute = &spec{name: "deed execute on NATS R3, 64 callers, 1,000 aggregates", workload: "execute", store: "nats-r3", args: append(writers(64), "--aggregates", "1000")}
-	natsLoad1     = &spec{name: "deed load on NATS, 1 reader", workload: "load", store: "nats", full: "plain", args: writers(1)}
-	natsLoad16    = &spec{name: "deed load on NATS, 16 readers", workload: "load", store: "nats", full: "plain", args: writers(16)}
+	natsLoad1     = &spec{name: "deed load on NATS, 1 reader", workload: "load", store: "nats", full: "mixed", args: writers(1)}
+	natsLoad16    = &spec{name: "deed load on NATS, 16 readers", workload: "load", store: "nats", full: "mixed", args: writers(16)}
 
 	publish64    = &spec{name: "publish, 64 writers", bench: "nats-publish", store: "nats", args: writers(64)}
 	publish1024  = &spec{name: "publish, 1024 writers", bench: "nats-publish", store: "nats", args: writers(1024)}
 	publishR3x64 = &spec{name: "publish to R3, 64 writers", bench: "nats-publish", store: "nats-r3", args: writers(64)}
 	publishR3x1k = &spec{name: "publish to R3, 1024 writers", bench: "nats-publish", store: "nats-r3", args: writers(1024)}
-	consumer1    = &spec{name: "ordered consumer, 1 reader", bench: "nats-consumer", store: "nats", full: "plain", args: writers(1)}
-	consumer16   = &spec{name: "ordered consumer, 16 readers", bench: "nats-consumer", store: "nats", full: "plain", args: writers(16)}
+	consumer1    = &spec{name: "ordered consumer, 1 reader", bench: "nats-consumer", store: "nats", full: "mixed", args: writers(1)}
+	consumer16   = &spec{name: "ordered consumer, 16 readers", bench: "nats-consumer", store: "nats", full: "mixed", args: writers(16)}
 )
 
 func writers(n int) []string { return []string{"--writers", strconv.Itoa(n)} }

@@ -39,7 +39,7 @@ func (k block) events() int { return k.Streams * k.Length }
 const (
 	streamLength = 100  // of the streams that are stored beforehand, unless asked for otherwise
 	blockStreams = 1000 // the most that are interleaved
-	inTurn       = 10   // events of one stream that follow one another
+	inTurn       = 10   // events of one stream that follow one another, unless asked for otherwise
 	inFlight     = 4    // commits
 	commitEvents = 1000
 	commitBytes  = 4 << 20
@@ -199,10 +199,11 @@ func (b *bench) deal(ctx context.Context, k block, tags Tagging, to chan<- []eve
 			return false
 		}
 	}
-	for from := 0; from < k.Length; from += inTurn {
+	turn := cmp.Or(b.timing.InTurn, inTurn)
+	for from := 0; from < k.Length; from += turn {
 		for i := range k.Streams {
 			of := k.stream(i)
-			for range min(inTurn, k.Length-from) {
+			for range min(turn, k.Length-from) {
 				events = append(events, eventstore.Event{Stream: of, Type: notedType, Tags: tags.draw(random), Data: data, Metadata: metadata})
 				if len(events) == most && !flush() {
 					return

@@ -96,6 +96,7 @@ type Timing struct {
 	Duration time.Duration `default:"10s" help:"How long to measure."`
 	Warmup   time.Duration `default:"1s" help:"How long to work before measuring."`
 	Preload  int           `default:"0" help:"Store events first if the store has fewer than this: in streams of 100, interleaved."`
+	InTurn   int           `default:"10" help:"How many events of one stream follow one another among those; a thousand streams take turns."`
 	Payload  int           `default:"256" help:"Bytes of an event's data, which is JSON."`
 }
 
@@ -109,6 +110,9 @@ func (t Timing) validate() error {
 	}
 	if t.Warmup < 0 {
 		mistakes = append(mistakes, fmt.Errorf("--warmup %s: it must not be negative; 0s is none", t.Warmup))
+	}
+	if t.InTurn < 0 {
+		mistakes = append(mistakes, fmt.Errorf("--in-turn %d: it must not be negative; 0 is the default", t.InTurn))
 	}
 	if t.Preload < 0 {
 		mistakes = append(mistakes, fmt.Errorf("--preload %d: it must not be negative", t.Preload))

@@ -651,6 +651,7 @@ func TestValidate(t *testing.T) {
 		"--duration 0s":           with(func(w *Append) { w.Duration = 0 }),
 		"--warmup -1s":            with(func(w *Append) { w.Warmup = -time.Second }),
 		"--preload -1":            with(func(w *Append) { w.Preload = -1 }),
+		"--in-turn -1":            with(func(w *Append) { w.InTurn = -1 }),
 		"--payload 5: use 102 to": with(func(w *Append) { w.Payload = 5 }),
 		"--payload 2000000":       with(func(w *Append) { w.Payload = 2_000_000 }),
 		"--writers 0":             with(func(w *Append) { w.Writers = 0 }),
