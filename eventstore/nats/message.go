@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
 	client "github.com/nats-io/nats.go"
 
@@ -15,18 +16,20 @@ import (
 
 // Headers of stored messages. They are part of the stored contract. The payload
 // is the event's data, behind the metadata where that is too large for a header.
+//
+// What every event has and what only deed reads is in one header, since client
+// and server pay for each: version, time in nanoseconds since 1970, id, and where
+// the events before this one of its stream are, the last one first; with a space
+// in between.
 const (
-	headerID           = "Deed-Id"
-	headerVersion      = "Deed-Version"
+	headerEvent        = "Deed"
 	headerType         = "Deed-Type"
-	headerTime         = "Deed-Time"          // nanoseconds since 1970
 	headerTags         = "Deed-Tags"          // a JSON array
 	headerMetadata     = "Deed-Metadata"      // JSON
 	headerMetadataSize = "Deed-Metadata-Size" // bytes of metadata before the data
 	headerCommit       = "Deed-Commit"        // "i/n": the i-th of the n messages of a commit of several
 	headerKey          = "Deed-Key"           // on the first event of a commit
 	headerFingerprint  = "Deed-Fingerprint"   // likewise
-	headerPrevious     = "Deed-Previous"      // where the events before this one of the stream are, the last one first
 )
 
 // Headers that the server understands.
@@ -75,10 +78,9 @@ func unquote(value string) (string, error) {
 // encode returns what is sent of an event but for what depends on where it will
 // be: version, pointers, expectation and batch.
 func (s subjects) encode(e *eventstore.Event) (*encoded, error) {
-	to := &encoded{subject: s.of(e.Stream), data: e.Data, names: make([]string, 0, 5), values: make([]string, 0, 5)}
-	to.set(headerID, e.ID.String())
+	to := &encoded{subject: s.of(e.Stream), data: e.Data, names: make([]string, 0, 3), values: make([]string, 0, 3)}
+	to.fixed = strconv.FormatInt(e.Time.UnixNano(), 10) + " " + e.ID.String()
 	to.set(headerType, quote(e.Type))
-	to.set(headerTime, strconv.FormatInt(e.Time.UnixNano(), 10))
 	if len(e.Tags) > 0 {
 		tags, err := json.Marshal(e.Tags)
 		if err != nil {
@@ -105,7 +107,8 @@ func (s subjects) encode(e *eventstore.Event) (*encoded, error) {
 // not changed: each message made of it has a header of its own.
 type encoded struct {
 	subject       string
-	names, values []string // of headers
+	fixed         string   // of the event's header: time and id
+	names, values []string // of the other headers
 	data          []byte
 }
 
@@ -124,7 +127,7 @@ func (e *encoded) message(more int) *client.Msg {
 
 // size returns about how many bytes the message has on its way.
 func (e *encoded) size() int {
-	n := 64 + len(e.subject) + len(e.data)
+	n := 64 + len(e.subject) + len(e.fixed) + len(e.data)
 	for i := range e.names {
 		n += len(e.names[i]) + len(e.values[i]) + 4
 	}
@@ -134,27 +137,29 @@ func (e *encoded) size() int {
 // placeHeaders is the most that is added to an encoded event when it is sent.
 const placeHeaders = 1024 + 2*eventstore.MaxKeyBytes + pointers*21
 
-// previousHeader writes pointers. Events of the same batch have no sequence
-// yet; they are given by how far before the message they lie.
-func previousHeader(before []int, earlier []uint64) string {
-	to := make([]byte, 0, 12*pointers)
+// eventHeader writes what every event has. Events of the same batch have no
+// sequence yet; they are given by how far before the message they lie.
+func (e *encoded) eventHeader(version uint64, before []int, earlier []uint64) string {
+	to := make([]byte, 0, 24+len(e.fixed)+10*pointers)
+	to = strconv.AppendUint(to, version, 10)
+	to = append(to, ' ')
+	to = append(to, e.fixed...)
 	n := 0
 	for _, distance := range before {
 		if n++; n > pointers {
 			break
 		}
-		to = append(to, '-')
+		to = append(to, " -"...)
 		to = strconv.AppendInt(to, int64(distance), 10)
-		to = append(to, ' ')
 	}
 	for _, sequence := range earlier {
 		if n++; n > pointers {
 			break
 		}
-		to = strconv.AppendUint(to, sequence, 10)
 		to = append(to, ' ')
+		to = strconv.AppendUint(to, sequence, 10)
 	}
-	return string(to[:max(len(to)-1, 0)])
+	return string(to)
 }
 
 func parsePrevious(value string, sequence uint64) ([]uint64, error) {
@@ -217,22 +222,25 @@ func (s subjects) decodeInto(m *message, subject string, sequence uint64, h clie
 	if m.Stream, err = s.stream(subject); err != nil {
 		return err
 	}
-	if m.ID, err = uuid.Parse(get(h, headerID)); err != nil {
-		return fmt.Errorf("header %s: %w", headerID, err)
+	version, rest, _ := strings.Cut(get(h, headerEvent), " ")
+	nanoseconds, rest, _ := strings.Cut(rest, " ")
+	id, previous, _ := strings.Cut(rest, " ")
+	if m.Version, err = strconv.ParseUint(version, 10, 64); err != nil || m.Version == 0 {
+		return fmt.Errorf("header %s is %q: the version is %q", headerEvent, get(h, headerEvent), version)
 	}
-	if m.Version, err = strconv.ParseUint(get(h, headerVersion), 10, 64); err != nil || m.Version == 0 {
-		return fmt.Errorf("header %s is %q", headerVersion, get(h, headerVersion))
+	at, err := strconv.ParseInt(nanoseconds, 10, 64)
+	if err != nil {
+		return fmt.Errorf("header %s is %q: the time: %w", headerEvent, get(h, headerEvent), err)
+	}
+	m.Time = time.Unix(0, at).UTC()
+	if m.ID, err = uuid.Parse(id); err != nil {
+		return fmt.Errorf("header %s is %q: the id: %w", headerEvent, get(h, headerEvent), err)
 	}
 	if m.Type, err = unquote(get(h, headerType)); err != nil || m.Type == "" {
 		return fmt.Errorf("header %s is %q", headerType, get(h, headerType))
 	}
-	nanoseconds, err := strconv.ParseInt(get(h, headerTime), 10, 64)
-	if err != nil {
-		return fmt.Errorf("header %s: %w", headerTime, err)
-	}
-	m.Time = time.Unix(0, nanoseconds).UTC()
 	if tags := get(h, headerTags); tags != "" {
-		if err := json.Unmarshal([]byte(tags), &m.Tags); err != nil {
+		if err := jsonv1.Unmarshal([]byte(tags), &m.Tags); err != nil {
 			return fmt.Errorf("header %s: %w", headerTags, err)
 		}
 	}
@@ -245,7 +253,7 @@ func (s subjects) decodeInto(m *message, subject string, sequence uint64, h clie
 		metadata, data = string(data[:size]), data[size:]
 	}
 	if metadata != "" {
-		if err := json.Unmarshal([]byte(metadata), &m.Metadata); err != nil {
+		if err := jsonv1.Unmarshal([]byte(metadata), &m.Metadata); err != nil {
 			return fmt.Errorf("header %s: %w", headerMetadata, err)
 		}
 	}
@@ -256,8 +264,8 @@ func (s subjects) decodeInto(m *message, subject string, sequence uint64, h clie
 	if m.fingerprint, err = unquote(get(h, headerFingerprint)); err != nil {
 		return fmt.Errorf("header %s: %w", headerFingerprint, err)
 	}
-	if m.previous, err = parsePrevious(get(h, headerPrevious), sequence); err != nil {
-		return fmt.Errorf("header %s: %w", headerPrevious, err)
+	if m.previous, err = parsePrevious(previous, sequence); err != nil {
+		return fmt.Errorf("header %s: %w", headerEvent, err)
 	}
 	if want := min(m.Version-1, pointers); uint64(len(m.previous)) > want || want > 0 && len(m.previous) == 0 {
 		return fmt.Errorf("version %d has %d pointers", m.Version, len(m.previous))

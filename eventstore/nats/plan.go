@@ -260,16 +260,13 @@ func (p *plan) add(names subjects, e *entry) {
 	for i := range e.commit.Events {
 		number := len(p.messages)
 		event, t := &e.commit.Events[i], p.tracks[e.commit.Events[i].Stream]
-		m := e.encoded[i].message(8)
+		m := e.encoded[i].message(5)
 		h := m.Header
-		h[headerVersion] = []string{strconv.FormatUint(t.version+1, 10)}
 		before := make([]int, 0, pointers)
 		for k := len(t.events) - 1; k >= 0 && len(before) < pointers; k-- {
 			before = append(before, number-t.events[k])
 		}
-		if previous := previousHeader(before, t.base.previous); previous != "" {
-			h[headerPrevious] = []string{previous}
-		}
+		h[headerEvent] = []string{e.encoded[i].eventHeader(t.version+1, before, t.base.previous)}
 		if i == 0 && e.commit.Key != "" {
 			h[headerKey] = []string{quote(e.commit.Key)}
 			h[headerFingerprint] = []string{strconv.QuoteToASCII(e.commit.Fingerprint)} // any bytes
