@@ -72,8 +72,8 @@
 // when the caller's context ends, or the server stays away longer than [Patience]
 // allows; appending again with the same key then settles it.
 //
-// What decides about a write (where the stream ends, its keys, what became of a
-// write that was cut off) is asked of the cluster's leader. A node that follows
+// What decides about a write (the events of its stream, where it ends, its keys,
+// what became of a write that was cut off) is asked of the cluster's leader. A node that follows
 // names it, and from then on this process speaks to the leader, whatever the
 // nodePreference in the URL.
 //

@@ -7,6 +7,7 @@ import (
 	"io"
 	"iter"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -170,7 +171,9 @@ func (g *goal) caughtUp(ctx context.Context) error {
 	once, stop := context.WithTimeout(ctx, attempt)
 	defer stop()
 	var r *driver.Recorded
-	reader, err := g.s.driver.ReadAll(once, from(g.last.position), false, 1)
+	at := from(g.last.position)
+	at.Leader = true // who lags proves nothing
+	reader, err := g.s.driver.ReadAll(once, at, false, 1)
 	if err == nil {
 		defer reader.Close()
 		r, err = reader.Next(once)
@@ -178,7 +181,9 @@ func (g *goal) caughtUp(ctx context.Context) error {
 	switch {
 	case errors.Is(err, io.EOF):
 		return nil // the node does not have it yet
-	case err != nil && !again(ctx, err):
+	case driver.KindOf(err) == driver.Denied:
+		return err
+	case err != nil && (driver.KindOf(err) == driver.TooLarge || strings.Contains(strings.ToLower(strings.ReplaceAll(err.Error(), " ", "")), "invalidposition")):
 		g.gone = true // it is none of the server's positions any more
 		return errAgain
 	case err != nil:

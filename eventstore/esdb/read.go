@@ -299,6 +299,7 @@ func (r *reading) streamBackward(ctx context.Context, stream eventstore.Stream) 
 // readStream hands each event of the stream to fn. A stream that does not exist
 // has none.
 func (s *Store) readStream(ctx context.Context, name string, at driver.StreamFrom, backward bool, count uint64, fn func(*decoded) error) error {
+	at.Leader = true // decisions are made on what is read of a stream
 	reader, err := s.opening(ctx, func(ctx context.Context) (driver.Reader, error) {
 		return s.driver.ReadStream(ctx, name, at, backward, count)
 	})

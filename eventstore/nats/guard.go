@@ -92,7 +92,7 @@ func (s *Store) leads(ctx context.Context, through uint64) bool {
 		return false
 	}
 	for _, r := range info.Cluster.Replicas {
-		if r.Offline || r.Active > 2*time.Second {
+		if r.Offline || r.Active <= 0 || r.Active > 2*time.Second { // 0: never since it was elected
 			return false
 		}
 	}

