@@ -111,7 +111,10 @@ func TestEnds_ManyLarge(t *testing.T) {
 	require.Nil(t, found[n])
 
 	var open atomic.Bool
-	store := reopenLog(t, c, name, hooked(func(s *settings) { s.hold = func() bool { return !open.Load() } }))
+	store := reopenLog(t, c, name, hooked(func(s *settings) {
+		s.hold = func() bool { return !open.Load() }
+		s.attempt = 20 * time.Second // under the race detector megabytes take long
+	}))
 	var pending []*eventstore.Pending
 	for i := range n {
 		of := account(fmt.Sprint(i))

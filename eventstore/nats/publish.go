@@ -409,7 +409,7 @@ func (s *Store) wasWritten(ctx context.Context, e *entry, now head) (bool, error
 func (s *Store) refresh(ctx context.Context, streams []eventstore.Stream, fresh bool) ([]head, error) {
 	read := make([]head, 0, len(streams))
 	// In parts, since the time for an answer is limited and events may be large.
-	for part := range slices.Chunk(streams, 64) {
+	for part := range slices.Chunk(streams, 32) {
 		more, err := s.refreshPart(ctx, part, fresh)
 		if err != nil {
 			return nil, err
@@ -480,42 +480,28 @@ func (s *Store) lasts(ctx context.Context, streams []eventstore.Stream, fresh bo
 			bytes += len(names[n])
 			n++
 		}
-		messages, reached, more, err := s.multiLast(ctx, names[:n])
-		if len(messages) == 0 && err == nil && through > 0 || errors.Is(err, errMirror) { // it does not say how far it is
-			return s.lastsOneByOne(ctx, streams)
-		}
-		if err != nil {
-			return nil, err
-		}
-		if reached < through {
-			return nil, fmt.Errorf("%w: a replica lags", errAgain)
-		}
-		for _, m := range messages {
-			found[at[s.subjects.of(m.Stream)]] = m
-		}
-		if more { // events are large: who is not in the answer is asked for alone
-			if err := s.restOneByOne(ctx, streams, names[:n], at, found); err != nil {
+		// Where events are large an answer does not hold all: the rest is asked for again.
+		for asked, more := names[:n], true; more; {
+			messages, reached, rest, err := s.multiLast(ctx, asked)
+			if len(messages) == 0 && err == nil && through > 0 || errors.Is(err, errMirror) { // it does not say how far it is
+				return s.lastsOneByOne(ctx, streams)
+			}
+			if err != nil {
 				return nil, err
+			}
+			if reached < through {
+				return nil, fmt.Errorf("%w: a replica lags", errAgain)
+			}
+			for _, m := range messages {
+				found[at[s.subjects.of(m.Stream)]] = m
+			}
+			if more = rest; more {
+				asked = slices.DeleteFunc(slices.Clone(asked), func(name string) bool { return found[at[name]] != nil })
 			}
 		}
 		names = names[n:]
 	}
 	return found, nil
-}
-
-// restOneByOne asks the leader for those of the names that nothing was found of.
-func (s *Store) restOneByOne(ctx context.Context, streams []eventstore.Stream, names []string, at map[string]int, found []*message) error {
-	var rest []eventstore.Stream
-	for _, name := range names {
-		if found[at[name]] == nil {
-			rest = append(rest, streams[at[name]])
-		}
-	}
-	messages, err := s.lastsOneByOne(ctx, rest)
-	for i, m := range messages {
-		found[at[s.subjects.of(rest[i])]] = m
-	}
-	return err
 }
 
 // lastsOneByOne asks the leader for each.
