@@ -132,7 +132,8 @@
 // eventstore.ErrUnavailable; subscriptions wait until one is back, and go on
 // behind the last event that they had, with no skip and no repeat. A server that
 // drops a subscription (for a slow consumer, or a change of leaders) is subscribed
-// to again.
+// to again. The client may forget a connection when its server goes away, which
+// then stays, unused, until the process ends: at most one for each time.
 //
 // All subscriptions of a store share one to the server, which follows the log
 // from when the first of them began; [Tail] says how much of it is kept. Those who

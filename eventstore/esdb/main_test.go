@@ -11,9 +11,11 @@ import (
 )
 
 // The client forgets a dead connection, unclosed, when another call asks for one
-// before its supervisor has left it: three goroutines that nobody can end.
+// before its supervisor has left it: a few goroutines that nobody can end.
 func TestMain(m *testing.M) {
-	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("google.golang.org/grpc/internal/grpcsync.(*CallbackSerializer).run"))
+	goleak.VerifyTestMain(m,
+		goleak.IgnoreAnyFunction("google.golang.org/grpc/internal/grpcsync.(*CallbackSerializer).run"),
+		goleak.IgnoreAnyFunction("google.golang.org/grpc.(*addrConn).resetTransportAndUnlock"))
 }
 
 func features() storetest.Features { return matrix.Of("esdb") }
