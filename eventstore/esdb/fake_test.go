@@ -246,7 +246,7 @@ func (db *database) find(p driver.Position) (int, error) {
 		return int(int64(r.Position.Commit) - int64(p))
 	})
 	if !found && i < len(db.all) {
-		return 0, kind(driver.Unknown, "unexpected ReadAllResult: InvalidPosition")
+		return 0, kind(driver.InvalidPosition, "unexpected ReadAllResult: InvalidPosition")
 	}
 	return i, nil
 }

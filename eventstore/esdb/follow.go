@@ -7,7 +7,6 @@ import (
 	"io"
 	"iter"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -183,7 +182,7 @@ func (g *goal) caughtUp(ctx context.Context) error {
 		return nil // the node does not have it yet
 	case driver.KindOf(err) == driver.Denied:
 		return err
-	case err != nil && (driver.KindOf(err) == driver.TooLarge || strings.Contains(strings.ToLower(strings.ReplaceAll(err.Error(), " ", "")), "invalidposition")):
+	case driver.KindOf(err) == driver.InvalidPosition:
 		g.gone = true // it is none of the server's positions any more
 		return errAgain
 	case err != nil:

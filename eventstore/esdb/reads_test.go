@@ -33,8 +33,9 @@ func (l *failingGoal) ReadAll(ctx context.Context, f driver.AllFrom, back bool, 
 // believed: what it does not have yet is skipped, in silence.
 func TestHead_GoalThatCannotBeRead(t *testing.T) {
 	for name, fail := range map[string]error{
-		"unknown": kind(driver.Unknown, "rpc error: code = Internal desc = the disk was slow"),
-		"denied":  kind(driver.Denied, "the node does not know the user yet"),
+		"unknown":   kind(driver.Unknown, "rpc error: code = Internal desc = the disk was slow"),
+		"exhausted": kind(driver.TooLarge, "rpc error: code = ResourceExhausted desc = too many requests"),
+		"denied":    kind(driver.Denied, "the node does not know the user yet"),
 	} {
 		for _, how := range []string{"read", "subscribe"} {
 			t.Run(name+"/"+how, func(t *testing.T) {

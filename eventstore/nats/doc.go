@@ -70,9 +70,9 @@
 // events share a subject. Headers hold what the event is (Deed-Type, Deed-Tags,
 // Deed-Metadata), its place in its commit, and the commit's key and fingerprint;
 // one of them, Deed, its version, time and id and the sequences of up to sixteen
-// events before it in its stream. To load a stream is to read its last message and to follow
-// these, many at once: no consumer has to be made, and the server has nothing to
-// search. A stream of more than 2,048 events, or 32 MiB, is read by pages.
+// events before it in its stream. To load a stream is to read its last message
+// and to follow these, many at once: no consumer has to be made, and the server
+// has nothing to search. A stream of more than 2,048 events, or 32 MiB, is read by pages.
 //
 // # Appending
 //

@@ -300,7 +300,8 @@ type acknowledgement struct {
 }
 
 // plainAck reads the answer that nearly every publish gets,
-// {"stream":"deed","seq":7}, and nothing else: JSON takes a twelfth of what a publish costs here.
+// {"stream":"deed","seq":7}, and nothing else: JSON takes a twelfth of what a
+// publish costs here.
 func plainAck(answer []byte, stream string) (uint64, bool) {
 	rest, a := bytes.CutPrefix(answer, []byte(`{"stream":"`))
 	name, rest, b := bytes.Cut(rest, []byte(`","seq":`))

@@ -156,6 +156,9 @@ const (
 	Deleted
 	// TooLarge: the server found the write too large or malformed; nothing was written.
 	TooLarge
+	// InvalidPosition: no event of the server's has the position that was to be read
+	// from.
+	InvalidPosition
 	// Denied: credentials or rights are missing; nothing was written.
 	Denied
 	// Rejected: the server ended the write before it had all of it, and the

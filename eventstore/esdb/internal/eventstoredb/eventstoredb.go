@@ -254,6 +254,9 @@ func classifyStatus(err error) driver.Kind {
 		return driver.Unknown
 	}
 	text := strings.ToLower(s.Message())
+	if strings.Contains(strings.ReplaceAll(text, " ", ""), "invalidposition") {
+		return driver.InvalidPosition // with one status or another, by version
+	}
 	switch s.Code() {
 	case codes.FailedPrecondition:
 		if strings.Contains(strings.ReplaceAll(text, " ", ""), "wrongexpectedversion") || strings.Contains(text, "expected version") {

@@ -104,6 +104,8 @@ func TestClassify(t *testing.T) {
 		"tombstoned":                {wrapped(codes.FailedPrecondition, "Event stream 's' is deleted."), driver.Deleted},
 		"too large":                 {wrapped(codes.InvalidArgument, "Maximum Append Size of 1048576 Exceeded."), driver.TooLarge},
 		"too large a message":       {wrapped(codes.ResourceExhausted, "grpc: received message larger than max (20000000 vs. 17825792)"), driver.TooLarge},
+		"no such position":          {wrapped(codes.InvalidArgument, "Trying to read from an invalid position."), driver.InvalidPosition},
+		"no such position, older":   {wrapped(codes.Unknown, "Unexpected ReadAllResult: InvalidPosition"), driver.InvalidPosition},
 		"choosing a leader":         {wrapped(codes.Unknown, "No leader info available in response"), driver.Aborted},
 		"no reason":                 {fmt.Errorf("could not send: %w", io.EOF), driver.Rejected},
 		"cancelled":                 {wrapped(codes.Canceled, "context canceled"), driver.Ended},
