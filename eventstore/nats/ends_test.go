@@ -147,7 +147,7 @@ func TestYesterday_LeadsWithoutEverybody(t *testing.T) {
 	r, err := store.Append(t.Context(), eventstore.Commit{Events: happened(account("ann"), 1)})
 	require.NoError(t, err)
 	cut := time.Now()
-	behind, err := Open(t.Context(), c.NodeURL(yesterday), Stream(name), quiet(), Patience(time.Second), hooked(func(s *settings) { s.attempt = time.Second }))
+	behind, err := Open(t.Context(), c.NodeURL(yesterday), Stream(name), quiet(), opening, Patience(time.Second), hooked(func(s *settings) { s.attempt = time.Second }))
 	if err == nil {
 		defer behind.Close()
 	}

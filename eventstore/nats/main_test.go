@@ -81,10 +81,16 @@ func newName() string { return fmt.Sprint("test-", streams.Add(1)) }
 
 func reopenLog(t testing.TB, c *natsserver.Cluster, name string, options ...Option) *Store {
 	t.Helper()
-	s, err := Open(t.Context(), c.URL(), append([]Option{Stream(name), Replicas(c.Nodes()), quiet()}, options...)...)
+	s, err := Open(t.Context(), c.URL(), append([]Option{Stream(name), Replicas(c.Nodes()), quiet(), opening}, options...)...)
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = s.Close() })
 	return s
+}
+
+// opening lets a store open on a busy machine that has little patience afterwards.
+func opening(s *settings) error {
+	s.opening = time.Minute
+	return nil
 }
 
 // raw is a stream as the store makes it, without the store.

@@ -76,6 +76,7 @@ type settings struct {
 	system     *client.Conn
 
 	// For tests.
+	opening     time.Duration            // for how long at least it tries to open
 	attempt     time.Duration            // how long one request may take before it is asked what became of it
 	grouping    int                      // from how many waiting commits on they share a batch; 0: by replicas
 	hold        func() bool              // nothing is taken out of what waits while it is true
@@ -341,7 +342,7 @@ func open(ctx context.Context, conn *client.Conn, set settings) (*Store, error) 
 	s.base, s.stop = context.WithCancel(context.Background())
 	s.scheduler.init(s)
 	s.follower.store = s
-	once, cancel := context.WithTimeout(ctx, set.patience)
+	once, cancel := context.WithTimeout(ctx, max(set.patience, set.opening))
 	defer cancel()
 	if err := s.prepare(once); err != nil {
 		s.stop()

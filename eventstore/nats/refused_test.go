@@ -132,6 +132,32 @@ func TestStore_CloseWithServerAway(t *testing.T) {
 	require.Less(t, time.Since(began), 10*time.Second)
 }
 
+// Close, and the end of the connection, while a subscription that has got nothing
+// yet asks where the log ends.
+func TestStore_CloseBeforeFollowing(t *testing.T) {
+	t.Parallel()
+	c := shared.get(t, 1)
+	conn, err := c.Connect()
+	require.NoError(t, err)
+	var store *Store
+	closed, first := make(chan error, 1), once()
+	store, err = OpenConn(t.Context(), conn, Stream(newName()), quiet(), opening, hooked(func(s *settings) {
+		s.stale = func(*getRequest) bool {
+			if first() {
+				go func() { closed <- store.Close() }()
+				<-store.closing
+				conn.Close()
+			}
+			return false
+		}
+	}))
+	require.NoError(t, err)
+	for _, err := range store.Subscribe(t.Context(), eventstore.All(), 0) {
+		require.ErrorIs(t, err, eventstore.ErrClosed)
+	}
+	require.NoError(t, <-closed)
+}
+
 // a very large event in pages
 func TestStore_LargeEvents(t *testing.T) {
 	t.Parallel()

@@ -416,7 +416,7 @@ func TestServer_DirectGetMayBeStale(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, c.Settled(t.Context(), name))
 	behind := (c.Leader(name) + 1) % 3
-	stale, err := Open(t.Context(), c.NodeURL(behind), Stream(name), quiet(), Patience(500*time.Millisecond))
+	stale, err := Open(t.Context(), c.NodeURL(behind), Stream(name), quiet(), opening, Patience(500*time.Millisecond))
 	require.NoError(t, err)
 	defer func() { _ = stale.Close() }()
 	c.CutOff(behind)

@@ -313,8 +313,8 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 					batch.CaughtUp = caughtUp && batch.Through == snapshot.Head
 				} else {
 					events, reached, err := s.scan(ctx, q, after, snapshot.Head)
-					if errors.Is(err, eventstore.ErrUnavailable) && !s.conn.IsClosed() {
-						continue // for ever: the server will be back
+					if errors.Is(err, eventstore.ErrUnavailable) && (s.closed() || !s.conn.IsClosed()) {
+						continue // for ever: the server will be back, or the tail says that the store is closed
 					}
 					if err != nil {
 						fail(err)
@@ -351,8 +351,13 @@ func (s *Store) beginFollowing(ctx context.Context) (*tail.Tail, eventstore.Posi
 			head, err = s.head(ctx)
 			return err
 		})
-		if !errors.Is(err, eventstore.ErrUnavailable) || s.conn.IsClosed() {
+		switch {
+		case !errors.Is(err, eventstore.ErrUnavailable):
 			return log, head, err
+		case s.closed(): // what it waited for is of no interest any more
+			return nil, 0, eventstore.ErrClosed
+		case s.conn.IsClosed():
+			return nil, 0, err
 		}
 	}
 }
