@@ -14,7 +14,7 @@ type head struct {
 	version  uint64
 	sequence uint64    // of its last event
 	last     uuid.UUID // its last event
-	previous []uint64  // sequences of the last events, the last one first: what the next event points to
+	previous trail     // of the next event
 	keys     *keys     // nil: nothing is known of the keys used
 }
 
@@ -27,14 +27,7 @@ func headOf(m *message) head {
 	if m == nil {
 		return head{}
 	}
-	previous := make([]uint64, 0, pointers)
-	previous = append(previous, uint64(m.Position))
-	for _, p := range m.previous {
-		if len(previous) < pointers {
-			previous = append(previous, p)
-		}
-	}
-	return head{version: m.Version, sequence: uint64(m.Position), last: m.ID, previous: previous}
+	return head{version: m.Version, sequence: uint64(m.Position), last: m.ID, previous: m.previous.next(m.Version, uint64(m.Position))}
 }
 
 // heads remembers those of the streams that were used last. What it knows may

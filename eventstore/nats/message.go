@@ -41,13 +41,9 @@ const (
 	headerBatchCommit     = "Nats-Batch-Commit"
 )
 
-const (
-	// pointers is how many earlier events of its stream a message points to.
-	pointers = 16
-	// metadataInHeader is the largest metadata that travels in a header: all headers
-	// of a message together may have 64 KiB, and tags have up to half of that.
-	metadataInHeader = 8 << 10
-)
+// metadataInHeader is the largest metadata that travels in a header: all headers
+// of a message together may have 64 KiB, and tags have up to half of that.
+const metadataInHeader = 8 << 10
 
 // message is a stored message: an event, or (without Type) a condition that a
 // commit needed.
@@ -55,7 +51,7 @@ type message struct {
 	eventstore.Recorded
 	index, count     int // its place in its commit, from 1 on
 	key, fingerprint string
-	previous         []uint64 // sequences of the events before it in its stream, the last one first
+	previous         trail
 }
 
 func (m *message) isEvent() bool { return m.Type != "" }
@@ -137,53 +133,14 @@ func (e *encoded) size() int {
 // placeHeaders is the most that is added to an encoded event when it is sent.
 const placeHeaders = 1024 + 2*eventstore.MaxKeyBytes + pointers*21
 
-// eventHeader writes what every event has. Events of the same batch have no
-// sequence yet; they are given by how far before the message they lie.
-func (e *encoded) eventHeader(version uint64, before []int, earlier []uint64) string {
-	to := make([]byte, 0, 24+len(e.fixed)+10*pointers)
+// eventHeader writes what every event has, of the message with the number in its
+// plan.
+func (e *encoded) eventHeader(version uint64, previous trail, number int) string {
+	to := make([]byte, 0, 24+len(e.fixed)+10*len(previous))
 	to = strconv.AppendUint(to, version, 10)
 	to = append(to, ' ')
 	to = append(to, e.fixed...)
-	n := 0
-	for _, distance := range before {
-		if n++; n > pointers {
-			break
-		}
-		to = append(to, " -"...)
-		to = strconv.AppendInt(to, int64(distance), 10)
-	}
-	for _, sequence := range earlier {
-		if n++; n > pointers {
-			break
-		}
-		to = append(to, ' ')
-		to = strconv.AppendUint(to, sequence, 10)
-	}
-	return string(to)
-}
-
-func parsePrevious(value string, sequence uint64) ([]uint64, error) {
-	if value == "" {
-		return nil, nil
-	}
-	previous := make([]uint64, 0, pointers)
-	last := sequence
-	for field := range strings.FieldsSeq(value) {
-		digits, relative := strings.CutPrefix(field, "-")
-		n, err := strconv.ParseUint(digits, 10, 64)
-		if err != nil {
-			return nil, err
-		}
-		if relative {
-			n = sequence - n
-		}
-		if n == 0 || n >= last {
-			return nil, fmt.Errorf("the pointers %q of the message at %d do not decrease", value, sequence)
-		}
-		previous = append(previous, n)
-		last = n
-	}
-	return previous, nil
+	return string(previous.append(to, number))
 }
 
 // errForeign says that something else than deed has written into the log.
@@ -264,11 +221,8 @@ func (s subjects) decodeInto(m *message, subject string, sequence uint64, h clie
 	if m.fingerprint, err = unquote(get(h, headerFingerprint)); err != nil {
 		return fmt.Errorf("header %s: %w", headerFingerprint, err)
 	}
-	if m.previous, err = parsePrevious(previous, sequence); err != nil {
+	if m.previous, err = parseTrail(previous, m.Version, sequence); err != nil {
 		return fmt.Errorf("header %s: %w", headerEvent, err)
-	}
-	if want := min(m.Version-1, pointers); uint64(len(m.previous)) > want || want > 0 && len(m.previous) == 0 {
-		return fmt.Errorf("version %d has %d pointers", m.Version, len(m.previous))
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -38,8 +39,7 @@ type numbered struct {
 	answer *client.Msg
 }
 
-// inFlight is how many messages one load may have asked for, and not got, when
-// it asks for more.
+// inFlight is how many messages one load may have asked for and not got.
 const inFlight = 64
 
 func (p *pipe) begin(s *Store) (*load, error) {
@@ -58,7 +58,7 @@ func (p *pipe) begin(s *Store) (*load, error) {
 		p.sub, p.loads = sub, map[uint64]*load{}
 	}
 	p.count++
-	l := &load{store: s, number: p.count, answers: make(chan numbered, inFlight+pointers)}
+	l := &load{store: s, number: p.count, answers: make(chan numbered, inFlight)}
 	l.prefix = p.prefix + strconv.FormatUint(l.number, 10) + "-"
 	p.loads[l.number] = l
 	return l, nil
@@ -98,7 +98,7 @@ func (p *pipe) arrived(m *client.Msg) {
 	for range copies {
 		select {
 		case l.answers <- numbered{n, m}:
-		default: // more answers than requests; what is missed is asked for again
+		default: // answers that came late or twice; what is missed is asked for again
 		}
 	}
 }
@@ -120,9 +120,6 @@ func (l *load) ask(number int, sequence uint64) {
 // position after, most of them at most if that is not 0, and until they have
 // about so many bytes if that is not 0. have is the last event, when it was read
 // already.
-//
-// It follows the pointers. The event that points furthest back is asked for
-// first, so that what it points to is on its way before the others have come.
 func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *message, above uint64, after eventstore.Position, most, bytes int) ([]*message, error) {
 	limit := int(h.version - min(above, h.version))
 	if most > 0 {
@@ -136,78 +133,40 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 		return nil, unavailable("read a stream", err)
 	}
 	defer s.pipe.end(l)
-	var (
-		sequences []uint64
-		got       []*message
-		missing   int
-		size      int
-		ended     bool
-	)
-	extend := func(previous []uint64) error {
-		if len(previous) == 0 {
-			return fmt.Errorf("%w: nothing points to version %d of stream %q", eventstore.ErrGap, h.version-uint64(len(sequences)), of)
-		}
-		from := len(sequences)
-		sequences = append(sequences, previous[:min(len(previous), limit-from)]...)
-		got = append(got, make([]*message, len(sequences)-from)...)
-		missing += len(sequences) - from
-		for i := len(sequences) - 1; i >= from; i-- {
-			if i > 0 || have == nil {
-				l.ask(i, sequences[i])
-			}
-		}
-		return nil
-	}
-	place := func(i int, m *message) error {
-		if i < 0 || i >= len(got) || got[i] != nil {
-			return nil // an answer that came twice
-		}
-		if version := h.version - uint64(i); m.Stream != of || m.Version != version || uint64(m.Position) != sequences[i] {
-			return fmt.Errorf("%w: version %d of stream %q was expected at sequence %d, where version %d of %q is", eventstore.ErrGap, version, of, sequences[i], m.Version, m.Stream)
-		}
-		got[i] = m
-		missing--
-		size += weigh(&m.Recorded)
-		return nil
-	}
-	if err := extend(h.previous); err != nil {
+	w := &descent{of: of, version: h.version, limit: limit, after: after, bytes: bytes}
+	if err := w.learn(h.version+1, h.previous); err != nil {
 		return nil, err
 	}
 	if have != nil {
-		if err := place(0, have); err != nil {
+		if err := w.place(0, have); err != nil {
 			return nil, err
 		}
 	}
 	late := time.NewTimer(s.settings.attempt)
 	defer late.Stop()
 	for {
-		for end := len(got) - 1; got[end] != nil && len(got) < limit && l.open < inFlight && !ended; end = len(got) - 1 {
-			if got[end].Position <= after || bytes > 0 && size > bytes {
-				ended = true
+		for l.open < inFlight {
+			i, ok := w.wanted()
+			if !ok {
 				break
 			}
-			if err := extend(got[end].previous); err != nil {
-				return nil, err
-			}
+			l.ask(i, w.sequences[i])
 		}
-		if missing == 0 && (ended || len(got) == limit) {
-			return got, nil
+		if w.done() {
+			return w.got[:w.whole], nil
 		}
 		if l.open <= 0 { // what is missing was lost, or not answered well
 			l.open = 0
-			var numbers []int
-			var wanted []uint64
-			for i := range got {
-				if got[i] == nil {
-					numbers, wanted = append(numbers, i), append(wanted, sequences[i])
-				}
+			numbers, wanted, err := w.missing()
+			if err != nil {
+				return nil, err
 			}
 			found, err := s.many(ctx, wanted)
 			if err != nil {
 				return nil, err
 			}
 			for k, i := range numbers {
-				if err := place(i, found[k]); err != nil {
+				if err := w.place(i, found[k]); err != nil {
 					return nil, err
 				}
 			}
@@ -223,7 +182,7 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 			case err != nil:
 				return nil, err
 			case m != nil:
-				if err := place(a.number, m); err != nil {
+				if err := w.place(a.number, m); err != nil {
 					return nil, err
 				}
 			}
@@ -234,4 +193,107 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 			return nil, ctx.Err()
 		}
 	}
+}
+
+// descent is a stream on its way from its last event, number 0, to its first.
+type descent struct {
+	of      eventstore.Stream
+	version uint64 // of number 0
+	limit   int    // only those with numbers below it are wanted
+	after   eventstore.Position
+	bytes   int
+
+	sequences []uint64 // 0: not known
+	got       []*message
+	ask       []int // known and not asked for, in the order of asking
+	whole     int   // there is none missing before this one
+	held      int   // bytes of those
+	size      int   // bytes of all
+	count     int   // of all
+}
+
+// learn takes what the event with the version points to.
+func (w *descent) learn(version uint64, previous trail) error {
+	from := len(w.ask)
+	for k, sequence := range previous {
+		i := int(w.version - pointed(version, k))
+		if i >= w.limit {
+			continue
+		}
+		if i >= len(w.sequences) {
+			w.sequences = append(w.sequences, make([]uint64, i+1-len(w.sequences))...)
+			w.got = append(w.got, make([]*message, i+1-len(w.got))...)
+		}
+		switch {
+		case w.sequences[i] == 0:
+			w.sequences[i] = sequence
+			w.ask = append(w.ask, i)
+			if sequence <= uint64(w.after) {
+				w.limit = i + 1
+			}
+		case w.sequences[i] != sequence:
+			return fmt.Errorf("%w: version %d of stream %q is at sequence %d or %d, depending on whom one asks", eventstore.ErrGap, w.version-uint64(i), w.of, w.sequences[i], sequence)
+		}
+	}
+	// What points furthest back first: what it points to is on its way before the
+	// others have come.
+	slices.Reverse(w.ask[from:])
+	return nil
+}
+
+// place takes an event.
+func (w *descent) place(i int, m *message) error {
+	if i < 0 || i >= len(w.got) || w.got[i] != nil {
+		return nil // an answer that came twice
+	}
+	if version := w.version - uint64(i); m.Stream != w.of || m.Version != version || uint64(m.Position) != w.sequences[i] {
+		return fmt.Errorf("%w: version %d of stream %q was expected at sequence %d, where version %d of %q is", eventstore.ErrGap, version, w.of, w.sequences[i], m.Version, m.Stream)
+	}
+	w.got[i] = m
+	w.count++
+	w.size += weigh(&m.Recorded)
+	for w.whole < len(w.got) && w.got[w.whole] != nil && !w.done() {
+		w.held += weigh(&w.got[w.whole].Recorded)
+		w.whole++
+	}
+	return w.learn(m.Version, m.previous)
+}
+
+// done reports whether nothing more is wanted.
+func (w *descent) done() bool {
+	return w.whole >= w.limit || w.bytes > 0 && w.held > w.bytes
+}
+
+// wanted returns what to ask for next.
+func (w *descent) wanted() (int, bool) {
+	for k, i := range w.ask {
+		if w.misses(i) {
+			w.ask = slices.Delete(w.ask, k, k+1)
+			return i, true
+		}
+	}
+	return 0, false
+}
+
+// misses reports whether the event has not come, and is wanted before the ones
+// in front of it have.
+func (w *descent) misses(i int) bool {
+	if i >= w.limit || w.got[i] != nil || w.sequences[i] == 0 {
+		return false
+	}
+	return w.bytes == 0 || w.count == 0 || i < w.whole+near || w.size/w.count*(i+1) <= w.bytes
+}
+
+// missing returns the numbers and sequences of events that have not come though
+// they may have been asked for.
+func (w *descent) missing() (numbers []int, sequences []uint64, err error) {
+	for i := w.whole; i < len(w.got) && len(numbers) < inFlight; i++ {
+		if w.misses(i) {
+			numbers, sequences = append(numbers, i), append(sequences, w.sequences[i])
+		}
+	}
+	if len(numbers) == 0 {
+		err = fmt.Errorf("%w: nothing points to version %d of stream %q", eventstore.ErrGap, w.version-uint64(w.whole), w.of)
+	}
+	return numbers, sequences, err
 }

@@ -35,12 +35,13 @@ type track struct {
 	guarded bool // a message of the plan demands the base
 	version uint64
 	last    uuid.UUID
+	trail   trail // of the next event
 	events  []int // the numbers of its messages
 	keys    map[string]int
 }
 
 func (t *track) reset(base head, fresh bool) {
-	*t = track{base: base, fresh: fresh, version: base.version, last: base.last}
+	*t = track{base: base, fresh: fresh, version: base.version, last: base.last, trail: base.previous}
 }
 
 // revision returns where the stream is within the plan, once its first message
@@ -268,11 +269,7 @@ func (p *plan) add(names subjects, e *entry) {
 		event, t := &e.commit.Events[i], p.tracks[e.commit.Events[i].Stream]
 		m := e.encoded[i].message(5)
 		h := m.Header
-		before := make([]int, 0, pointers)
-		for k := len(t.events) - 1; k >= 0 && len(before) < pointers; k-- {
-			before = append(before, number-t.events[k])
-		}
-		h[headerEvent] = []string{e.encoded[i].eventHeader(t.version+1, before, t.base.previous)}
+		h[headerEvent] = []string{e.encoded[i].eventHeader(t.version+1, t.trail, number)}
 		if i == 0 && e.commit.Key != "" {
 			h[headerKey] = []string{quote(e.commit.Key)}
 			h[headerFingerprint] = []string{strconv.QuoteToASCII(e.commit.Fingerprint)} // any bytes
@@ -287,6 +284,7 @@ func (p *plan) add(names subjects, e *entry) {
 		}
 		p.messages = append(p.messages, m)
 		t.version++
+		t.trail = t.trail.next(t.version, planned|uint64(number))
 		t.last = event.ID
 		t.events = append(t.events, number)
 		at := slices.IndexFunc(receipt.Revisions, func(r eventstore.StreamRevision) bool { return r.Stream == event.Stream })

@@ -329,15 +329,7 @@ func (s *Store) record(p *plan, first uint64, known map[eventstore.Stream]bool) 
 			s.heads.set(of, t.base)
 			continue
 		}
-		now := head{version: t.version, sequence: first + uint64(t.events[len(t.events)-1]), last: t.last, keys: t.base.keys, previous: make([]uint64, 0, pointers)}
-		for i := len(t.events) - 1; i >= 0 && len(now.previous) < pointers; i-- {
-			now.previous = append(now.previous, first+uint64(t.events[i]))
-		}
-		for _, sequence := range t.base.previous {
-			if len(now.previous) < pointers {
-				now.previous = append(now.previous, sequence)
-			}
-		}
+		now := head{version: t.version, sequence: first + uint64(t.events[len(t.events)-1]), last: t.last, keys: t.base.keys, previous: t.trail.placed(first)}
 		if now.keys == nil && t.base.version == 0 {
 			now.keys = new(keys)
 		}

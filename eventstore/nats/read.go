@@ -141,10 +141,11 @@ func (s *Store) within(ctx context.Context, fn func(context.Context) error) erro
 }
 
 func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, last *message, q eventstore.Query, o eventstore.ReadOptions, through eventstore.Position, give func([]eventstore.Recorded) bool) error {
-	for version := h.version; version > 0; {
+	// It begins small: who reads backward often wants the last event only.
+	for version, most := h.version, near; version > 0; most = min(2*most, inFlight) {
 		var part []*message
 		err := s.within(ctx, func(ctx context.Context) (err error) {
-			part, err = s.walk(ctx, of, h, last, 0, o.After, pointers, 0)
+			part, err = s.walk(ctx, of, h, last, 0, o.After, most, s.settings.windowBytes)
 			return err
 		})
 		if err != nil {
