@@ -133,7 +133,8 @@ func chaos(t *testing.T, harm func(context.Context, *testing.T, *natsserver.Clus
 	// One more commit ends what the followers wait for.
 	last, err := stores[0].Append(settle, eventstore.Commit{Events: happened(account("last"), 1)})
 	require.NoError(t, err)
-	for _, s := range stores {
+	for i, s := range stores {
+		t.Logf("as process %d reads it", i)
 		v.check(t, read(t, s, eventstore.All(), eventstore.ReadOptions{}), last)
 	}
 	all := read(t, stores[0], eventstore.All(), eventstore.ReadOptions{})
@@ -253,8 +254,11 @@ func (v *verdicts) check(t *testing.T, all []eventstore.Recorded, last eventstor
 		_, unknown := v.unknown[r.ID]
 		require.True(t, acknowledged || unknown, "event %s of stream %s at %d was written by nobody", r.ID, r.Stream, r.Position)
 	}
-	for id := range v.acknowledged {
-		require.True(t, seen[id], "event %s was acknowledged and is not there", id)
+	for id, at := range v.acknowledged {
+		if !seen[id] {
+			instead := slices.IndexFunc(all, func(r eventstore.Recorded) bool { return r.Position >= at.Position })
+			require.Fail(t, "event was acknowledged and is not there", "%s, acknowledged as version %d at position %d; read up to %d, last commit at %d; there: %+v", id, at.Version, at.Position, position, last.Last, all[max(instead, 0)])
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package nats
 import (
 	"context"
 	"fmt"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -77,7 +78,9 @@ func openLog(t testing.TB, c *natsserver.Cluster, options ...Option) (*Store, st
 	return s, name
 }
 
-func newName() string { return fmt.Sprint("test-", streams.Add(1)) }
+// Another process may run these tests at the same time, and get a port that a
+// server here had.
+func newName() string { return fmt.Sprint("test-", os.Getpid(), "-", streams.Add(1)) }
 
 func reopenLog(t testing.TB, c *natsserver.Cluster, name string, options ...Option) *Store {
 	t.Helper()

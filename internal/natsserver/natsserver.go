@@ -8,6 +8,7 @@ package natsserver
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
@@ -50,6 +51,7 @@ const System = "system"
 // Cluster is one server or several. All methods may be called concurrently.
 type Cluster struct {
 	options   Options
+	name      string // nodes of another cluster, of another process perhaps, are refused
 	temporary bool
 
 	mu     sync.Mutex
@@ -88,6 +90,8 @@ func Start(o Options) (*Cluster, error) {
 		}
 		c.options.Directory, c.temporary = directory, true
 	}
+	// The same one when it is started on the same files again.
+	c.name = fmt.Sprintf("deed-%x", sha256.Sum256([]byte(c.options.Directory)))
 	if err := c.start(); err != nil {
 		c.Close()
 		return nil, err
@@ -142,7 +146,7 @@ func (c *Cluster) run(i int) error {
 	}
 	if c.options.Nodes > 1 {
 		o.Cluster = server.ClusterOpts{
-			Name: "deed", Host: "127.0.0.1", Port: n.routePort, Advertise: n.gate.address(), PoolSize: -1,
+			Name: c.name, Host: "127.0.0.1", Port: n.routePort, Advertise: n.gate.address(), PoolSize: -1,
 			Compression: server.CompressionOpts{Mode: server.CompressionOff},
 		}
 		for j, other := range c.nodes {
@@ -319,25 +323,28 @@ func (n *node) leads(stream string, nodes int) bool {
 	return n.running != nil && (nodes == 1 || n.running.JetStreamIsStreamLeader("$G", stream))
 }
 
-// Settled waits until the stream has a leader and all running nodes have all of it.
+// Settled waits until the stream has one leader and all running nodes have all
+// of it. A node that was cut off may believe for a while that it still leads.
 func (c *Cluster) Settled(ctx context.Context, stream string) error {
 	for {
 		c.mu.Lock()
-		leader, current := false, true
+		leaders, current := 0, true
 		for _, n := range c.nodes {
 			if n.running == nil {
 				continue
 			}
-			leader = leader || n.leads(stream, c.options.Nodes)
+			if n.leads(stream, c.options.Nodes) {
+				leaders++
+			}
 			current = current && (c.options.Nodes == 1 || n.running.JetStreamIsStreamCurrent("$G", stream))
 		}
 		c.mu.Unlock()
-		if leader && current {
+		if leaders == 1 && current {
 			return nil
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("stream %q has no leader, or replicas that lag: %w", stream, context.Cause(ctx))
+			return fmt.Errorf("stream %q has no leader or several, or replicas that lag: %w", stream, context.Cause(ctx))
 		case <-time.After(10 * time.Millisecond):
 		}
 	}

@@ -1,0 +1,14 @@
+package natsserver
+
+// Leaders returns how many nodes believe to lead the stream.
+func (c *Cluster) Leaders(stream string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	leaders := 0
+	for _, n := range c.nodes {
+		if n.leads(stream, c.options.Nodes) {
+			leaders++
+		}
+	}
+	return leaders
+}
