@@ -172,25 +172,30 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 			}
 			continue
 		}
+		var a numbered
 		select {
-		case a := <-l.answers:
-			l.open--
+		case a = <-l.answers:
+		default:
 			late.Reset(s.settings.attempt)
-			m, err := s.answer(a.answer)
-			switch {
-			case errors.Is(err, errAgain): // it stays missing
-			case err != nil:
-				return nil, err
-			case m != nil:
-				if err := w.place(a.number, m); err != nil {
-					return nil, err
-				}
+			select {
+			case a = <-l.answers:
+			case <-late.C:
+				l.open = 0
+				continue
+			case <-ctx.Done():
+				return nil, ctx.Err()
 			}
-		case <-late.C:
-			l.open = 0
-			late.Reset(s.settings.attempt)
-		case <-ctx.Done():
-			return nil, ctx.Err()
+		}
+		l.open--
+		m, err := s.answer(a.answer)
+		switch {
+		case errors.Is(err, errAgain): // it stays missing
+		case err != nil:
+			return nil, err
+		case m != nil:
+			if err := w.place(a.number, m); err != nil {
+				return nil, err
+			}
 		}
 	}
 }
