@@ -21,7 +21,7 @@ import (
 const (
 	metadataLogID  = "deed-log-id"
 	metadataFormat = "deed-format"
-	format         = 1
+	format         = 2 // 1 had other pointers, and was never released
 )
 
 // oldest is the first server version with atomic batches.
@@ -179,6 +179,8 @@ func (s *Store) flaw(c *jetstream.StreamConfig) error {
 	}
 	if f, err := strconv.Atoi(c.Metadata[metadataFormat]); err != nil || f < 1 {
 		return fmt.Errorf("the stream's metadata %s is %q: it was not made for deed", metadataFormat, c.Metadata[metadataFormat])
+	} else if f < format {
+		return fmt.Errorf("the stream's metadata %s is %d: it was written before the first release, which cannot read it", metadataFormat, f)
 	} else if f > format {
 		return fmt.Errorf("%w: the stream is written in format %d, this program knows up to %d", eventstore.ErrNewerVersion, f, format)
 	}

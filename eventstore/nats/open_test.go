@@ -28,22 +28,23 @@ func TestOpen_RefusesBadStreams(t *testing.T) {
 	js, err := jetstream.New(conn)
 	require.NoError(t, err)
 	for setting, change := range map[string]func(*jetstream.StreamConfig){
-		"retention":            func(s *jetstream.StreamConfig) { s.Retention = jetstream.InterestPolicy },
-		"storage":              func(s *jetstream.StreamConfig) { s.Storage = jetstream.MemoryStorage },
-		"max_age":              func(s *jetstream.StreamConfig) { s.MaxAge = time.Hour },
-		"max_msgs_per_subject": func(s *jetstream.StreamConfig) { s.MaxMsgsPerSubject = 5 },
-		"discard":              func(s *jetstream.StreamConfig) { s.Discard, s.MaxMsgs = jetstream.DiscardOld, 5 },
-		"with max_bytes":       func(s *jetstream.StreamConfig) { s.Discard, s.MaxBytes = jetstream.DiscardOld, 5000 },
-		"allow_rollup_hdrs":    func(s *jetstream.StreamConfig) { s.AllowRollup, s.DenyPurge = true, false },
-		"allow_msg_ttl":        func(s *jetstream.StreamConfig) { s.AllowMsgTTL = true },
-		"no_ack":               func(s *jetstream.StreamConfig) { s.NoAck, s.AllowAtomicPublish = true, false },
-		"allow_direct":         func(s *jetstream.StreamConfig) { s.AllowDirect = false },
-		"allow_atomic":         func(s *jetstream.StreamConfig) { s.AllowAtomicPublish = false },
-		"deny_delete":          func(s *jetstream.StreamConfig) { s.DenyDelete = false },
-		"deny_purge":           func(s *jetstream.StreamConfig) { s.DenyPurge = false },
-		"subjects":             func(s *jetstream.StreamConfig) { s.Subjects = append(s.Subjects, s.Name+"-other.>") },
-		metadataLogID:          func(s *jetstream.StreamConfig) { s.Metadata = nil },
-		metadataFormat:         func(s *jetstream.StreamConfig) { s.Metadata[metadataFormat] = "x" },
+		"retention":              func(s *jetstream.StreamConfig) { s.Retention = jetstream.InterestPolicy },
+		"storage":                func(s *jetstream.StreamConfig) { s.Storage = jetstream.MemoryStorage },
+		"max_age":                func(s *jetstream.StreamConfig) { s.MaxAge = time.Hour },
+		"max_msgs_per_subject":   func(s *jetstream.StreamConfig) { s.MaxMsgsPerSubject = 5 },
+		"discard":                func(s *jetstream.StreamConfig) { s.Discard, s.MaxMsgs = jetstream.DiscardOld, 5 },
+		"with max_bytes":         func(s *jetstream.StreamConfig) { s.Discard, s.MaxBytes = jetstream.DiscardOld, 5000 },
+		"allow_rollup_hdrs":      func(s *jetstream.StreamConfig) { s.AllowRollup, s.DenyPurge = true, false },
+		"allow_msg_ttl":          func(s *jetstream.StreamConfig) { s.AllowMsgTTL = true },
+		"no_ack":                 func(s *jetstream.StreamConfig) { s.NoAck, s.AllowAtomicPublish = true, false },
+		"allow_direct":           func(s *jetstream.StreamConfig) { s.AllowDirect = false },
+		"allow_atomic":           func(s *jetstream.StreamConfig) { s.AllowAtomicPublish = false },
+		"deny_delete":            func(s *jetstream.StreamConfig) { s.DenyDelete = false },
+		"deny_purge":             func(s *jetstream.StreamConfig) { s.DenyPurge = false },
+		"subjects":               func(s *jetstream.StreamConfig) { s.Subjects = append(s.Subjects, s.Name+"-other.>") },
+		metadataLogID:            func(s *jetstream.StreamConfig) { s.Metadata = nil },
+		metadataFormat:           func(s *jetstream.StreamConfig) { s.Metadata[metadataFormat] = "x" },
+		metadataFormat + " is 1": func(s *jetstream.StreamConfig) { s.Metadata[metadataFormat] = "1" },
 	} {
 		config := Config(newName(), 1, "x")
 		change(&config)
@@ -55,7 +56,7 @@ func TestOpen_RefusesBadStreams(t *testing.T) {
 		require.ErrorContains(t, err, config.Name, "the error names the stream")
 	}
 	newer := Config(newName(), 1, "x")
-	newer.Metadata[metadataFormat] = "2"
+	newer.Metadata[metadataFormat] = "3"
 	_, err = js.CreateStream(t.Context(), newer)
 	require.NoError(t, err)
 	_, err = Open(t.Context(), c.URL(), Stream(newer.Name), quiet())

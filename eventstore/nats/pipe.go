@@ -23,6 +23,9 @@ type pipe struct {
 	prefix string
 	count  uint64
 	loads  map[uint64]*load
+
+	flying int           // bytes that all loads have asked for and not got, as they reckon
+	freed  chan struct{} // closed when there are less; nil: nobody waits for that
 }
 
 // load is one series of requests, numbered by who asks.
@@ -31,7 +34,8 @@ type load struct {
 	number  uint64
 	prefix  string
 	answers chan numbered
-	open    int // requests without an answer, about: answers may come late or twice
+	open    int         // requests without an answer, about: answers may come late or twice
+	costs   map[int]int // what is reserved for them
 }
 
 type numbered struct {
@@ -39,8 +43,13 @@ type numbered struct {
 	answer *client.Msg
 }
 
-// inFlight is how many messages one load may have asked for and not got.
-const inFlight = 64
+// inFlight is how many messages one load may have asked for and not got, and
+// underWay how many bytes all loads together: the server cuts off a client that
+// does not take 64 MiB fast enough, and what else is asked for waits behind them.
+const (
+	inFlight = 64
+	underWay = 8 << 20
+)
 
 func (p *pipe) begin(s *Store) (*load, error) {
 	p.mu.Lock()
@@ -58,7 +67,7 @@ func (p *pipe) begin(s *Store) (*load, error) {
 		p.sub, p.loads = sub, map[uint64]*load{}
 	}
 	p.count++
-	l := &load{store: s, number: p.count, answers: make(chan numbered, inFlight)}
+	l := &load{store: s, number: p.count, answers: make(chan numbered, inFlight), costs: map[int]int{}}
 	l.prefix = p.prefix + strconv.FormatUint(l.number, 10) + "-"
 	p.loads[l.number] = l
 	return l, nil
@@ -68,6 +77,53 @@ func (p *pipe) end(l *load) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.loads, l.number)
+	p.release(l)
+}
+
+// reserve sets so many bytes aside for the answer with the number. When others
+// have too many it returns what is closed once they have less.
+func (p *pipe) reserve(l *load, number, bytes int) (wait <-chan struct{}) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.flying > 0 && p.flying+bytes > underWay {
+		if p.freed == nil {
+			p.freed = make(chan struct{})
+		}
+		return p.freed
+	}
+	p.flying += bytes
+	l.costs[number] += bytes
+	return nil
+}
+
+// got takes back what was reserved for the answer.
+func (p *pipe) got(l *load, number int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.free(l.costs[number])
+	delete(l.costs, number)
+}
+
+// rest takes back everything that the load has reserved.
+func (p *pipe) rest(l *load) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.release(l)
+}
+
+func (p *pipe) release(l *load) {
+	for _, bytes := range l.costs {
+		p.free(bytes)
+	}
+	clear(l.costs)
+}
+
+func (p *pipe) free(bytes int) {
+	p.flying -= bytes
+	if bytes > 0 && p.freed != nil {
+		close(p.freed)
+		p.freed = nil
+	}
 }
 
 func (p *pipe) close() {
@@ -103,16 +159,18 @@ func (p *pipe) arrived(m *client.Msg) {
 	}
 }
 
-// ask requests the message, if that is possible now.
-func (l *load) ask(number int, sequence uint64) {
+// ask requests the message, and reports whether that is possible now.
+func (l *load) ask(number int, sequence uint64) bool {
 	s := l.store
 	if stale := s.settings.stale; stale != nil && stale(&getRequest{Sequence: sequence}) {
-		return
+		return false
 	}
 	body := strconv.AppendUint([]byte(`{"seq":`), sequence, 10)
-	if s.conn.PublishRequest("$JS.API.DIRECT.GET."+s.settings.stream, l.prefix+strconv.Itoa(number), append(body, '}')) == nil {
-		l.open++
+	if s.conn.PublishRequest("$JS.API.DIRECT.GET."+s.settings.stream, l.prefix+strconv.Itoa(number), append(body, '}')) != nil {
+		return false
 	}
+	l.open++
+	return true
 }
 
 // walk returns events of the stream that ends at the head, the last one first:
@@ -133,41 +191,59 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 		return nil, unavailable("read a stream", err)
 	}
 	defer s.pipe.end(l)
-	w := &descent{of: of, version: h.version, limit: limit, after: after, bytes: bytes}
-	if err := w.learn(h.version+1, h.previous); err != nil {
+	w, err := newDescent(of, h, have, limit, after, bytes)
+	if err != nil {
 		return nil, err
 	}
-	if have != nil {
-		if err := w.place(0, have); err != nil {
-			return nil, err
-		}
+	if err := s.descend(ctx, l, w); err != nil {
+		return nil, err
 	}
+	return w.take(), nil
+}
+
+// descend asks until it has what is wanted.
+func (s *Store) descend(ctx context.Context, l *load, w *descent) error {
+	defer s.pipe.rest(l)
 	late := time.NewTimer(s.settings.attempt)
 	defer late.Stop()
 	for {
-		for l.open < inFlight {
+		var wait <-chan struct{} // for other loads
+		for l.open < w.window() && wait == nil {
 			i, ok := w.wanted()
 			if !ok {
 				break
 			}
-			l.ask(i, w.sequences[i])
+			if wait = s.pipe.reserve(l, i, w.reckon()); wait != nil {
+				w.unwanted(i)
+			} else if !l.ask(i, w.sequences[i]) {
+				s.pipe.got(l, i)
+			}
 		}
-		if w.done() {
-			return w.got[:w.whole], nil
-		}
-		if l.open <= 0 { // what is missing was lost, or not answered well
+		switch {
+		case w.done():
+			return nil
+		case l.open > 0:
+		case wait != nil:
+			s.pipe.rest(l) // not for itself: answers that came twice may have been counted twice
+			select {
+			case <-wait:
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			continue
+		default: // what is missing was lost, or not answered well
 			l.open = 0
 			numbers, wanted, err := w.missing()
 			if err != nil {
-				return nil, err
+				return err
 			}
 			found, err := s.many(ctx, wanted)
 			if err != nil {
-				return nil, err
+				return err
 			}
 			for k, i := range numbers {
 				if err := w.place(i, found[k]); err != nil {
-					return nil, err
+					return err
 				}
 			}
 			continue
@@ -180,21 +256,23 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 			select {
 			case a = <-l.answers:
 			case <-late.C:
+				s.pipe.rest(l)
 				l.open = 0
 				continue
 			case <-ctx.Done():
-				return nil, ctx.Err()
+				return ctx.Err()
 			}
 		}
 		l.open--
+		s.pipe.got(l, a.number)
 		m, err := s.answer(a.answer)
 		switch {
 		case errors.Is(err, errAgain): // it stays missing
 		case err != nil:
-			return nil, err
+			return err
 		case m != nil:
 			if err := w.place(a.number, m); err != nil {
-				return nil, err
+				return err
 			}
 		}
 	}
@@ -204,17 +282,68 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 type descent struct {
 	of      eventstore.Stream
 	version uint64 // of number 0
-	limit   int    // only those with numbers below it are wanted
+	end     int    // only those with numbers below it will ever be wanted
+	limit   int    // and now only those below this
 	after   eventstore.Position
 	bytes   int
 
 	sequences []uint64 // 0: not known
 	got       []*message
 	ask       []int // known and not asked for, in the order of asking
+	given     int   // those before this one have been taken
 	whole     int   // there is none missing before this one
-	held      int   // bytes of those
-	size      int   // bytes of all
-	count     int   // of all
+	held      int   // bytes of those that can be taken
+	size      int   // bytes of all that have not been taken
+	largest   int   // bytes of the largest so far
+	count     int   // how many have come
+}
+
+func newDescent(of eventstore.Stream, h head, have *message, limit int, after eventstore.Position, bytes int) (*descent, error) {
+	w := &descent{of: of, version: h.version, end: limit, limit: limit, after: after, bytes: bytes}
+	if err := w.learn(h.version+1, h.previous); err != nil {
+		return nil, err
+	}
+	if have != nil {
+		return w, w.place(0, have)
+	}
+	return w, nil
+}
+
+// taken stands for the messages that were.
+var taken = new(message)
+
+// take returns the events that are there without a gap and were not taken yet.
+func (w *descent) take() []*message {
+	part := slices.Clone(w.got[w.given:w.whole])
+	for ; w.given < w.whole; w.given++ {
+		w.got[w.given] = taken
+	}
+	w.size -= w.held
+	w.held = 0
+	return part
+}
+
+// more wants so many more than were taken.
+func (w *descent) more(most int) {
+	w.limit = min(w.end, w.given+most)
+	w.advance()
+}
+
+// window is how many may be asked for at once: few, as long as it is not known
+// how large they are.
+func (w *descent) window() int {
+	if w.count < pointers {
+		return pointers
+	}
+	return inFlight
+}
+
+// reckon returns what the next event is taken to weigh.
+func (w *descent) reckon() int {
+	if w.count == 0 {
+		return 64 << 10
+	}
+	return w.largest
 }
 
 // learn takes what the event with the version points to.
@@ -222,7 +351,7 @@ func (w *descent) learn(version uint64, previous trail) error {
 	from := len(w.ask)
 	for k, sequence := range previous {
 		i := int(w.version - pointed(version, k))
-		if i >= w.limit {
+		if i >= w.end {
 			continue
 		}
 		if i >= len(w.sequences) {
@@ -234,7 +363,8 @@ func (w *descent) learn(version uint64, previous trail) error {
 			w.sequences[i] = sequence
 			w.ask = append(w.ask, i)
 			if sequence <= uint64(w.after) {
-				w.limit = i + 1
+				w.end = i + 1
+				w.limit = min(w.limit, w.end)
 			}
 		case w.sequences[i] != sequence:
 			return fmt.Errorf("%w: version %d of stream %q is at sequence %d or %d, depending on whom one asks", eventstore.ErrGap, w.version-uint64(i), w.of, w.sequences[i], sequence)
@@ -256,12 +386,18 @@ func (w *descent) place(i int, m *message) error {
 	}
 	w.got[i] = m
 	w.count++
-	w.size += weigh(&m.Recorded)
+	weight := weigh(&m.Recorded)
+	w.size += weight
+	w.largest = max(w.largest, weight)
+	w.advance()
+	return w.learn(m.Version, m.previous)
+}
+
+func (w *descent) advance() {
 	for w.whole < len(w.got) && w.got[w.whole] != nil && !w.done() {
 		w.held += weigh(&w.got[w.whole].Recorded)
 		w.whole++
 	}
-	return w.learn(m.Version, m.previous)
 }
 
 // done reports whether nothing more is wanted.
@@ -280,19 +416,27 @@ func (w *descent) wanted() (int, bool) {
 	return 0, false
 }
 
+// unwanted takes wanted back.
+func (w *descent) unwanted(i int) { w.ask = slices.Insert(w.ask, 0, i) }
+
 // misses reports whether the event has not come, and is wanted before the ones
 // in front of it have.
 func (w *descent) misses(i int) bool {
 	if i >= w.limit || w.got[i] != nil || w.sequences[i] == 0 {
 		return false
 	}
-	return w.bytes == 0 || w.count == 0 || i < w.whole+near || w.size/w.count*(i+1) <= w.bytes
+	return w.bytes == 0 || i < w.whole+near || w.size <= w.bytes && w.largest*(i-w.given+1) <= w.bytes
 }
+
+// missingBytes bounds what is asked for one by one, in part of the leader, and
+// must have come after the time for one request.
+const missingBytes = 4 << 20
 
 // missing returns the numbers and sequences of events that have not come though
 // they may have been asked for.
 func (w *descent) missing() (numbers []int, sequences []uint64, err error) {
-	for i := w.whole; i < len(w.got) && len(numbers) < inFlight; i++ {
+	most := max(1, min(pointers, missingBytes/max(w.reckon(), 1)))
+	for i := w.whole; i < len(w.got) && len(numbers) < most; i++ {
 		if w.misses(i) {
 			numbers, sequences = append(numbers, i), append(sequences, w.sequences[i])
 		}

@@ -141,16 +141,22 @@ func (s *Store) within(ctx context.Context, fn func(context.Context) error) erro
 }
 
 func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, last *message, q eventstore.Query, o eventstore.ReadOptions, through eventstore.Position, give func([]eventstore.Recorded) bool) error {
+	l, err := s.pipe.begin(s)
+	if err != nil {
+		return unavailable("read a stream", err)
+	}
+	defer s.pipe.end(l)
+	w, err := newDescent(of, h, last, int(h.version), o.After, s.settings.windowBytes)
+	if err != nil {
+		return err
+	}
 	// It begins small: who reads backward often wants the last event only.
-	for version, most := h.version, near; version > 0; most = min(2*most, inFlight) {
-		var part []*message
-		err := s.within(ctx, func(ctx context.Context) (err error) {
-			part, err = s.walk(ctx, of, h, last, 0, o.After, most, s.settings.windowBytes)
-			return err
-		})
-		if err != nil {
+	for most := near; w.given < w.end; most = min(2*most, inFlight) {
+		w.more(most)
+		if err := s.within(ctx, func(ctx context.Context) error { return s.descend(ctx, l, w) }); err != nil {
 			return err
 		}
+		part := w.take()
 		var events []eventstore.Recorded
 		for _, m := range part {
 			if m.Position > o.After && m.Position <= through && q.Matches(&m.Recorded) {
@@ -160,12 +166,6 @@ func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, 
 		if !give(events) {
 			return nil
 		}
-		oldest := part[len(part)-1]
-		if oldest.Position <= o.After {
-			return nil
-		}
-		version, last = oldest.Version-1, nil
-		h = head{version: version, previous: oldest.previous}
 	}
 	return nil
 }
@@ -292,9 +292,6 @@ func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, a
 	events := make([]eventstore.Recorded, 0, len(page))
 	there := make(map[uint64]struct{}, len(page))
 	for _, m := range page {
-		if m.Position > through {
-			return events, through, nil
-		}
 		if whole && m.Position != reached+1 {
 			return nil, 0, errHole(uint64(reached)+1, uint64(m.Position))
 		}
@@ -306,6 +303,9 @@ func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, a
 				}
 			}
 			there[uint64(m.Position)] = struct{}{}
+		}
+		if m.Position > through {
+			return events, through, nil
 		}
 		reached = m.Position
 		if m.isEvent() && q.Matches(&m.Recorded) {

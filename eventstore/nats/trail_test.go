@@ -73,8 +73,7 @@ func written(of eventstore.Stream, n int, size func() int) []*message {
 
 func descend(all []*message, limit int, after eventstore.Position, bytes int) (*descent, error) {
 	end := all[len(all)-1]
-	w := &descent{of: end.Stream, version: end.Version, limit: limit, after: after, bytes: bytes}
-	return w, w.learn(end.Version+1, end.previous.next(end.Version, uint64(end.Position)))
+	return newDescent(end.Stream, headOf(end), nil, limit, after, bytes)
 }
 
 // TestDescent_Rounds counts how often one has to wait for the server.
@@ -116,12 +115,15 @@ func TestDescent(t *testing.T) {
 		}
 		w, err := descend(all, limit, after, bytes)
 		require.NoError(t, err)
-		largest := 0
 		var open []int
 		for !w.done() {
-			for len(open) < inFlight {
+			for len(open) < w.window() {
 				i, ok := w.wanted()
 				if !ok {
+					break
+				}
+				if r.IntN(10) == 0 { // others have asked for too much
+					w.unwanted(i)
 					break
 				}
 				open = append(open, i)
@@ -146,7 +148,6 @@ func TestDescent(t *testing.T) {
 		}
 		for i, m := range w.got[:w.whole] {
 			require.Equal(t, all[n-1-i], m, "seed %d", seed)
-			largest = max(largest, weigh(&m.Recorded))
 		}
 		last := w.got[w.whole-1]
 		switch {
@@ -158,6 +159,96 @@ func TestDescent(t *testing.T) {
 			require.Equal(t, limit, w.whole, "seed %d", seed)
 		}
 	}
+}
+
+// TestDescent_Parts takes a stream part by part: every event is asked for once,
+// and given once, in order; and what is held is bounded, whatever their sizes.
+func TestDescent_Parts(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(500) {
+		r := rand.New(rand.NewPCG(seed, 2))
+		n := 1 + r.IntN(300)
+		large := 1 + r.IntN(1<<16)
+		all := written(account("ann"), n, func() int {
+			if r.IntN(3) == 0 {
+				return large
+			}
+			return r.IntN(100)
+		})
+		if r.IntN(2) == 0 { // the far ones are small
+			for i := range all {
+				all[i].Data = make([]byte, large)
+				if all[i].Version%spacing == 0 {
+					all[i].Data = nil
+				}
+			}
+		}
+		const bytes = 64 << 10
+		w, err := descend(all, n, 0, bytes)
+		require.NoError(t, err)
+		asked, most, next := map[int]int{}, 0, 0
+		for part := 0; w.given < w.end; part++ {
+			w.more(min(near<<min(part, 10), inFlight))
+			var open []int
+			for !w.done() {
+				for len(open) < w.window() {
+					i, ok := w.wanted()
+					if !ok {
+						break
+					}
+					asked[i]++
+					open = append(open, i)
+				}
+				require.NotEmpty(t, open, "seed %d", seed)
+				i := open[0] // in the order of asking
+				open = open[1:]
+				require.NoError(t, w.place(i, all[n-1-i]))
+				most = max(most, w.size)
+			}
+			for _, i := range open { // the answers come while the part is looked at
+				require.NoError(t, w.place(i, all[n-1-i]))
+				most = max(most, w.size)
+			}
+			for _, m := range w.take() {
+				require.Equal(t, all[n-1-next], m, "seed %d", seed)
+				next++
+			}
+		}
+		require.Equal(t, n, next)
+		for i, times := range asked {
+			require.Equal(t, 1, times, "seed %d: number %d", seed, i)
+		}
+		require.LessOrEqual(t, most, bytes+(pointers+near)*(large+512), "seed %d", seed)
+		require.Zero(t, w.size)
+	}
+}
+
+// TestPipe_Bounded: all loads together ask for a bounded number of bytes, and
+// what a load has reserved comes back, however it ends.
+func TestPipe_Bounded(t *testing.T) {
+	t.Parallel()
+	p := &pipe{loads: map[uint64]*load{}}
+	a, b := &load{number: 1, costs: map[int]int{}}, &load{number: 2, costs: map[int]int{}}
+	require.Nil(t, p.reserve(a, 0, 2*underWay), "one at least, however large")
+	wait := p.reserve(b, 0, 1)
+	require.NotNil(t, wait)
+	require.Equal(t, wait, p.reserve(b, 0, 1))
+	p.got(a, 7) // which nobody has asked for
+	select {
+	case <-wait:
+		require.Fail(t, "nothing has come back")
+	default:
+	}
+	p.got(a, 0)
+	<-wait
+	require.Nil(t, p.reserve(b, 0, 1))
+	require.Nil(t, p.reserve(b, 1, 2))
+	require.NotNil(t, p.reserve(a, 1, underWay))
+	p.rest(b)
+	require.Zero(t, p.flying)
+	require.Nil(t, p.reserve(b, 5, 100))
+	p.end(b)
+	require.Zero(t, p.flying)
 }
 
 // Events that disagree about where an earlier one is, or of which one is not
@@ -188,7 +279,8 @@ func TestDescent_Wrong(t *testing.T) {
 		}
 		require.ErrorIs(t, err, eventstore.ErrGap, name)
 	}
-	w := &descent{of: account("ann"), version: 3, limit: 3}
-	_, _, err := w.missing()
+	w, err := newDescent(account("ann"), head{version: 3}, nil, 3, 0, 0)
+	require.NoError(t, err)
+	_, _, err = w.missing()
 	require.ErrorIs(t, err, eventstore.ErrGap, fmt.Sprint(err))
 }

@@ -254,8 +254,11 @@ func classifyStatus(err error) driver.Kind {
 		return driver.Unknown
 	}
 	text := strings.ToLower(s.Message())
-	if strings.Contains(strings.ReplaceAll(text, " ", ""), "invalidposition") {
-		return driver.InvalidPosition // with one status or another, by version
+	switch s.Code() {
+	case codes.InvalidArgument, codes.Unknown: // by version; other messages may quote what callers have chosen
+		if strings.Contains(strings.ReplaceAll(text, " ", ""), "invalidposition") {
+			return driver.InvalidPosition
+		}
 	}
 	switch s.Code() {
 	case codes.FailedPrecondition:

@@ -106,6 +106,7 @@ func TestClassify(t *testing.T) {
 		"too large a message":       {wrapped(codes.ResourceExhausted, "grpc: received message larger than max (20000000 vs. 17825792)"), driver.TooLarge},
 		"no such position":          {wrapped(codes.InvalidArgument, "Trying to read from an invalid position."), driver.InvalidPosition},
 		"no such position, older":   {wrapped(codes.Unknown, "Unexpected ReadAllResult: InvalidPosition"), driver.InvalidPosition},
+		"a stream's name":           {wrapped(codes.FailedPrecondition, "Append failed due to WrongExpectedVersion. Stream: order-Invalid position, Expected version: 7, Actual version: 0"), driver.WrongVersion},
 		"choosing a leader":         {wrapped(codes.Unknown, "No leader info available in response"), driver.Aborted},
 		"no reason":                 {fmt.Errorf("could not send: %w", io.EOF), driver.Rejected},
 		"cancelled":                 {wrapped(codes.Canceled, "context canceled"), driver.Ended},
