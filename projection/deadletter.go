@@ -2,9 +2,9 @@ package projection
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -24,8 +24,43 @@ type DeadLetter struct {
 	Error string `json:"error,omitempty"`
 	// Attempts is how often it was tried.
 	Attempts int `json:"attempts,omitempty"`
+	// Stack is where the handler panicked, if it did.
+	Stack string `json:"stack,omitempty"`
 	// At is when it was set aside, by the engine's clock.
 	At time.Time `json:"at"`
+}
+
+// SkippedEvent is an event that was given up: the projection's rows do not
+// contain it, and will not before a rebuild.
+type SkippedEvent struct {
+	DeadLetter
+	// Note says why, in the words of whoever skipped it; By is who that was, and
+	// SkippedAt when, by the engine's clock.
+	Note      string    `json:"note"`
+	By        string    `json:"by,omitempty"`
+	SkippedAt time.Time `json:"skipped_at"`
+}
+
+// Permanent marks the error of a handler as one that trying again cannot help:
+// the event goes to the dead letters at once. An SQL handler returns it; a view's
+// handler, which has no error to return, panics with it. Other errors are tried again, up to
+// [Options.Attempts] times; those of the database, which wrap [ErrUnavailable],
+// until it answers.
+func Permanent(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &permanentError{err}
+}
+
+type permanentError struct{ error }
+
+func (e *permanentError) Unwrap() error { return e.error }
+
+// hopeless reports whether trying again cannot help.
+func hopeless(err error) bool {
+	_, permanent := errors.AsType[*permanentError](err)
+	return permanent || errors.Is(err, eventstore.ErrDecode)
 }
 
 func deadKey(p eventstore.Position) string { return fmt.Sprintf("%020d", uint64(p)) }
@@ -37,26 +72,15 @@ func (r *runner) putDeadLetter(tx StateTx, e *eventstore.Recorded, cause error, 
 	}
 	if cause != nil {
 		d.Error = cause.Error()
+		if panicked, ok := errors.AsType[*PanicError](cause); ok {
+			d.Stack = string(panicked.Stack)
+		}
 	}
-	data, err := json.Marshal(d)
-	if err != nil {
-		return err
-	}
-	return tx.Put(r.deadTable(), deadKey(e.Position), data)
+	return putJSON(tx, r.deadTable(), deadKey(e.Position), d)
 }
 
 func (r *runner) eachDeadLetter(tx StateTx, do func(DeadLetter)) error {
-	for row, err := range tx.Scan(r.deadTable(), Range{}) {
-		if err != nil {
-			return err
-		}
-		var d DeadLetter
-		if err := json.Unmarshal(row.Value, &d); err != nil {
-			return fmt.Errorf("dead letter %q: %w", row.Key, err)
-		}
-		do(d)
-	}
-	return nil
+	return eachJSON(tx, r.deadTable(), func(_ string, d DeadLetter) { do(d) })
 }
 
 // setAside passes the event by, into the dead letters, and its stream with it.
@@ -93,12 +117,7 @@ func (e *Engine) DeadLetters(ctx context.Context, name string) ([]DeadLetter, er
 }
 
 func (r *runner) deadLetters(ctx context.Context) ([]DeadLetter, error) {
-	var all []DeadLetter
-	err := r.engine.state.View(ctx, func(tx StateTx) error {
-		all = all[:0]
-		return r.eachDeadLetter(tx, func(d DeadLetter) { all = append(all, d) })
-	})
-	return all, err
+	return read[DeadLetter](ctx, r.engine.state, r.deadTable())
 }
 
 // ReplayDeadLetters folds the events that the projection has set aside, in the
@@ -109,8 +128,8 @@ func (r *runner) deadLetters(ctx context.Context) ([]DeadLetter, error) {
 // Within a stream no event overtakes another. Rows that several streams share
 // get the replayed events after those that have been folded meanwhile.
 //
-// When another process runs the projection nothing is replayed, and the error
-// wraps [ErrLeaseHeld] and names the owner: ask that one.
+// When another process runs the projection, that one does it; where it cannot
+// be asked, because the state is not [Shared], the error wraps [ErrLeaseHeld].
 func (e *Engine) ReplayDeadLetters(ctx context.Context, name string) (replayed int, err error) {
 	r, err := e.runner(name)
 	if err != nil {
@@ -121,6 +140,11 @@ func (e *Engine) ReplayDeadLetters(ctx context.Context, name string) (replayed i
 		replayed, err = r.replay(ctx, lease)
 		return err
 	}, false)
+	if errors.Is(err, ErrLeaseHeld) {
+		var got answer
+		got, err = r.elsewhere(ctx, err, order{Action: actionReplay})
+		replayed = got.Count
+	}
 	if err != nil {
 		err = fmt.Errorf("replay dead letters of projection %q: %w", name, err)
 	}
@@ -174,4 +198,89 @@ func (r *runner) replayOne(ctx context.Context, lease Lease, d DeadLetter) error
 		return tx.Delete(r.deadTable(), deadKey(d.Position))
 	})
 	return err
+}
+
+// SkipDeadLetter gives up one event that the projection has set aside, for
+// good: its rows are as if the event had not happened, until a rebuild gives it
+// another turn. The note, which must not be empty, says why, and is kept with it;
+// see [Engine.Skipped]. Later events of its stream stay set aside until
+// [Engine.ReplayDeadLetters] is called.
+//
+// Skipping an event again does nothing. One that is not set aside is
+// [ErrNoDeadLetter]. As for whose process does it, see ReplayDeadLetters.
+func (e *Engine) SkipDeadLetter(ctx context.Context, name string, p eventstore.Position, note string) error {
+	r, err := e.runner(name)
+	if err != nil {
+		return err
+	}
+	if err := checkNote(note); err != nil {
+		return err
+	}
+	_, err = r.ask(ctx, func(ctx context.Context, lease Lease) error {
+		return r.giveUp(ctx, lease, p, note, e.options.Owner)
+	}, false)
+	if errors.Is(err, ErrLeaseHeld) {
+		_, err = r.elsewhere(ctx, err, order{Action: actionSkip, Position: p, Note: note})
+	}
+	if err != nil {
+		return fmt.Errorf("skip a dead letter of projection %q: %w", name, err)
+	}
+	return nil
+}
+
+// maxNoteBytes bounds what is kept with a skipped event.
+const maxNoteBytes = 4096
+
+func checkNote(note string) error {
+	if strings.TrimSpace(note) == "" {
+		return fmt.Errorf("%w: the note is empty: say why the event is given up", eventstore.ErrInvalid)
+	}
+	if len(note) > maxNoteBytes {
+		return fmt.Errorf("%w: the note has %d bytes, at most %d are kept", eventstore.ErrTooLarge, len(note), maxNoteBytes)
+	}
+	return nil
+}
+
+// giveUp moves the event from the dead letters to those that were skipped.
+func (r *runner) giveUp(ctx context.Context, lease Lease, p eventstore.Position, note, by string) error {
+	parked := map[eventstore.Stream]struct{}{}
+	err := r.engine.state.Update(ctx, func(tx StateTx) error {
+		clear(parked)
+		if err := tx.Fence(lease); err != nil {
+			return err
+		}
+		letter, there, err := getJSON[DeadLetter](tx, r.deadTable(), deadKey(p))
+		if err != nil {
+			return err
+		}
+		skipped := skippedTable(r.projection.Name())
+		if !there {
+			if _, again, err := tx.Get(skipped, deadKey(p)); err != nil || again {
+				return err
+			}
+			return fmt.Errorf("%w: the projection has set no event at position %d aside", ErrNoDeadLetter, p)
+		}
+		if err := tx.Delete(r.deadTable(), deadKey(p)); err != nil {
+			return err
+		}
+		if err := putJSON(tx, skipped, deadKey(p), SkippedEvent{DeadLetter: letter, Note: note, By: by, SkippedAt: r.engine.options.Clock.Now()}); err != nil {
+			return err
+		}
+		return r.eachDeadLetter(tx, func(d DeadLetter) { parked[d.Stream] = struct{}{} })
+	})
+	if err != nil {
+		return err
+	}
+	r.parked = parked
+	r.engine.options.Logger.Warn("an event that the projection had set aside was given up", "projection", r.projection.Name(), "position", p, "note", note, "by", by)
+	return nil
+}
+
+// Skipped returns the events that were given up since the projection was built,
+// in the order of the log.
+func (e *Engine) Skipped(ctx context.Context, name string) ([]SkippedEvent, error) {
+	if _, err := e.runner(name); err != nil {
+		return nil, err
+	}
+	return read[SkippedEvent](ctx, e.state, skippedTable(name))
 }

@@ -63,7 +63,8 @@ type Options struct {
 	// Defaults to 5.
 	Attempts int
 	// RetryAfter is the pause after the first failure; it doubles with each further
-	// one, up to RetryAtMost. Default to 100 ms and 30 s.
+	// one, up to RetryAtMost. Each is shorter by up to a tenth, at random. Default to
+	// 100 ms and 30 s. See [Permanent] for errors that are not tried again.
 	RetryAfter  time.Duration
 	RetryAtMost time.Duration
 
@@ -333,11 +334,11 @@ func (r *runner) status(ctx context.Context, head eventstore.Position) (Status, 
 // Rebuild was called; if ctx ends before, the rebuild goes on. Until then,
 // queries see the rows made so far, and those that ask for a position wait.
 //
-// Dead letters are dropped: their events get their turn again.
+// Dead letters and skipped events are dropped: they get their turn again.
 //
 // A projection that does not run is only emptied; it fills when it runs. One
-// that another process runs is left alone, with an error wrapping
-// [ErrLeaseHeld] that names the owner: ask that one.
+// that another process runs is rebuilt by that one; where it cannot be asked,
+// because the state is not [Shared], the error wraps [ErrLeaseHeld].
 func (e *Engine) Rebuild(ctx context.Context, name string) error {
 	r, err := e.runner(name)
 	if err != nil {
@@ -347,7 +348,12 @@ func (e *Engine) Rebuild(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	running, err := r.ask(ctx, func(ctx context.Context, lease Lease) error { return r.clear(ctx, lease) }, true)
+	running, err := r.ask(ctx, r.clear, true)
+	if errors.Is(err, ErrLeaseHeld) {
+		if _, err = r.elsewhere(ctx, err, order{Action: actionRebuild}); err == nil && running {
+			return r.awaitRebuilt(ctx, head)
+		}
+	}
 	if err != nil {
 		return fmt.Errorf("rebuild projection %q: %w", name, err)
 	}
@@ -355,4 +361,23 @@ func (e *Engine) Rebuild(ctx context.Context, name string) error {
 		return nil
 	}
 	return r.progress.wait(ctx, head, false)
+}
+
+// awaitRebuilt waits for the rows that another process has emptied. What was
+// known of them is forgotten, and what was seen before is seen again.
+func (r *runner) awaitRebuilt(ctx context.Context, head eventstore.Position) error {
+	r.progress.emptying()
+	for {
+		if err := r.progress.wait(ctx, head, false); err != nil {
+			return err
+		}
+		contains := false
+		if err := r.engine.state.View(ctx, func(tx StateTx) (err error) {
+			contains, err = r.engine.Contains(tx, r.projection.Name(), head)
+			return err
+		}); err != nil || contains {
+			return err
+		}
+		r.progress.emptying()
+	}
 }

@@ -87,7 +87,7 @@ func (r *runner) Fire(_ context.Context, now time.Time) error {
 }
 
 func (r *runner) leaseName() string { return "projection." + r.projection.Name() }
-func (r *runner) deadTable() string { return "projection.dead." + r.projection.Name() }
+func (r *runner) deadTable() string { return deadTable(r.projection.Name()) }
 
 // Run implements worker.Worker.
 func (r *runner) Run(ctx context.Context) (err error) {
@@ -378,6 +378,11 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 			// The reader ends when it is told to; only then may the next one begin.
 		}
 	}()
+	if err := r.orders(ctx, lease); err != nil {
+		return err
+	}
+	ordered, stop := r.lookForOrders()
+	defer stop()
 	note := time.NewTimer(r.engine.noteAfter)
 	note.Stop()
 	defer note.Stop()
@@ -399,6 +404,10 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 			}
 		case q := <-r.requests:
 			if err := r.serve(ctx, lease, q); err != nil {
+				return err
+			}
+		case <-ordered:
+			if err := r.orders(ctx, lease); err != nil {
 				return err
 			}
 		case <-note.C:
@@ -606,7 +615,7 @@ func (r *runner) apply(ctx context.Context, lease Lease, items []item, through e
 			continue
 		}
 		limit = 1
-		if attempts++; attempts < r.engine.options.Attempts && !errors.Is(failure.cause, eventstore.ErrDecode) {
+		if attempts++; attempts < r.engine.options.Attempts && !hopeless(failure.cause) {
 			if err := r.pause(ctx, lease, failure, attempts); err != nil {
 				return err
 			}
@@ -726,6 +735,7 @@ func (r *runner) pause(ctx context.Context, lease Lease, cause error, attempt in
 		delay *= 2
 	}
 	delay = min(delay, most)
+	delay -= rand.N(delay/10 + 1)
 	r.engine.telemetry.retries.Add(ctx, 1, r.attributes)
 	now := o.Clock.Now()
 	at := now.Add(delay)
@@ -736,6 +746,12 @@ func (r *runner) pause(ctx context.Context, lease Lease, cause error, attempt in
 	}
 	elapsed, abandon := o.Clock.NewTimer(at)
 	defer abandon()
+	var ordered <-chan time.Time
+	if lease.Epoch != 0 && !errors.Is(cause, ErrUnavailable) {
+		var stop func()
+		ordered, stop = r.lookForOrders()
+		defer stop()
+	}
 	r.progress.change(func() {
 		r.progress.lastErr, r.progress.errAt, r.progress.retryAt, r.progress.phase = cause, now, at, PhaseRetrying
 	})
@@ -753,6 +769,10 @@ func (r *runner) pause(ctx context.Context, lease Lease, cause error, attempt in
 				continue
 			}
 			if err := r.serve(ctx, lease, q); err != nil {
+				return err
+			}
+		case <-ordered:
+			if err := r.orders(ctx, lease); err != nil {
 				return err
 			}
 		case <-ctx.Done():
@@ -835,8 +855,10 @@ func (r *runner) clear(ctx context.Context, lease Lease) error {
 		if err := tx.DeleteCheckpoint(lease); err != nil {
 			return err
 		}
-		if err := tx.Clear(r.deadTable()); err != nil {
-			return err
+		for _, table := range []string{r.deadTable(), skippedTable(r.projection.Name())} {
+			if err := tx.Clear(table); err != nil {
+				return err
+			}
 		}
 		return r.folder.clear(ctx, tx)
 	})

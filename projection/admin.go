@@ -1,0 +1,329 @@
+package projection
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/deed-go/deed/eventstore"
+)
+
+// Admin looks after projections from outside the processes that run them, as
+// the deed command does: it needs the [State] and no definitions. What has to be
+// done by the projection's own code is written down there as a request, which the
+// process that runs the projection finds within about a second, or when it
+// starts, and answers. An [Engine] that stands by asks its owner the same way.
+//
+// The methods that ask return when the request was answered. When ctx ends
+// before, the request is taken back, unless it is being worked on; the error is
+// ctx's and says so. All methods may be called concurrently.
+type Admin struct {
+	state State
+	by    string
+}
+
+// NewAdmin returns an Admin for the state. by says in the records who asked, for
+// example "ann".
+func NewAdmin(state State, by string) *Admin { return &Admin{state: state, by: by} }
+
+var (
+	// ErrNoDeadLetter: no event at that position is set aside.
+	ErrNoDeadLetter = errors.New("no such dead letter")
+	// ErrRefused: the process that runs the projection could not do what it was
+	// asked for; the message is its own.
+	ErrRefused = errors.New("the request was refused")
+)
+
+// DeadLetters returns the events that the projection has set aside, in the
+// order of the log; none if there is no such projection.
+func (a *Admin) DeadLetters(ctx context.Context, name string) ([]DeadLetter, error) {
+	return read[DeadLetter](ctx, a.state, deadTable(name))
+}
+
+// Skipped returns the events that were given up since the projection was built,
+// in the order of the log.
+func (a *Admin) Skipped(ctx context.Context, name string) ([]SkippedEvent, error) {
+	return read[SkippedEvent](ctx, a.state, skippedTable(name))
+}
+
+// Replay is [Engine.ReplayDeadLetters] by whoever runs the projection.
+func (a *Admin) Replay(ctx context.Context, name string) (replayed int, err error) {
+	got, err := a.ask(ctx, name, order{Action: actionReplay})
+	return got.Count, err
+}
+
+// Skip is [Engine.SkipDeadLetter] by whoever runs the projection.
+func (a *Admin) Skip(ctx context.Context, name string, p eventstore.Position, note string) error {
+	if err := checkNote(note); err != nil {
+		return err
+	}
+	_, err := a.ask(ctx, name, order{Action: actionSkip, Position: p, Note: note})
+	return err
+}
+
+// Rebuild makes whoever runs the projection empty it and fold the log again. It
+// returns when the rows are gone, not when they are back.
+func (a *Admin) Rebuild(ctx context.Context, name string) error {
+	_, err := a.ask(ctx, name, order{Action: actionRebuild})
+	return err
+}
+
+// order is a request in the state, and later its answer.
+type order struct {
+	Action   action              `json:"action"`
+	Position eventstore.Position `json:"position,omitempty"`
+	Note     string              `json:"note,omitempty"`
+	By       string              `json:"by,omitempty"`
+	Begun    bool                `json:"begun,omitempty"`
+	Answer   *answer             `json:"answer,omitempty"`
+}
+
+type action string
+
+const (
+	actionReplay  action = "replay"
+	actionSkip    action = "skip"
+	actionRebuild action = "rebuild"
+)
+
+type answer struct {
+	Count   int    `json:"count,omitempty"`
+	Error   string `json:"error,omitempty"`
+	Missing bool   `json:"missing,omitempty"` // the error is ErrNoDeadLetter
+}
+
+func (a *answer) err() error {
+	switch {
+	case a.Missing:
+		return &told{ErrNoDeadLetter, a.Error}
+	case a.Error != "":
+		return &told{ErrRefused, a.Error}
+	}
+	return nil
+}
+
+// told is an error of another process.
+type told struct {
+	kind error
+	text string
+}
+
+func (e *told) Error() string { return e.text }
+func (e *told) Unwrap() error { return e.kind }
+
+func orderTable(name string) string   { return "projection.requests." + name }
+func deadTable(name string) string    { return "projection.dead." + name }
+func skippedTable(name string) string { return "projection.skipped." + name }
+
+// How often one who asked looks for the answer.
+const (
+	answerFirst = 5 * time.Millisecond
+	answerLast  = 250 * time.Millisecond
+)
+
+// ask writes the request down and waits for the answer.
+func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
+	if err := validateName(name); err != nil {
+		return answer{}, err
+	}
+	o.By = a.by
+	id, err := uuid.NewV7()
+	if err != nil {
+		return answer{}, err
+	}
+	key := id.String()
+	if err := a.state.Update(ctx, func(tx StateTx) error { return putJSON(tx, orderTable(name), key, o) }); err != nil {
+		return answer{}, err
+	}
+	for wait := answerFirst; ; wait = min(2*wait, answerLast) {
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return a.takeBack(context.WithoutCancel(ctx), name, key, ctx.Err())
+		}
+		var now order
+		var there bool
+		err := a.state.View(ctx, func(tx StateTx) (err error) {
+			now, there, err = getJSON[order](tx, orderTable(name), key)
+			return err
+		})
+		switch {
+		case err != nil && (ctx.Err() != nil || errors.Is(err, ErrUnavailable)):
+		case err != nil:
+			return answer{}, err
+		case !there:
+			return answer{}, fmt.Errorf("%w: somebody has removed it", ErrRefused)
+		case now.Answer != nil:
+			_, _ = a.takeBack(ctx, name, key, nil)
+			return *now.Answer, now.Answer.err()
+		}
+	}
+}
+
+// takeBack removes the request, unless somebody works on it.
+func (a *Admin) takeBack(ctx context.Context, name, key string, cause error) (answer, error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	var got order
+	var there bool
+	err := a.state.Update(ctx, func(tx StateTx) (err error) {
+		got, there, err = getJSON[order](tx, orderTable(name), key)
+		if err != nil || !there || got.Begun && got.Answer == nil {
+			return err
+		}
+		return tx.Delete(orderTable(name), key)
+	})
+	switch {
+	case cause == nil:
+		return answer{}, err
+	case err != nil:
+		return answer{}, fmt.Errorf("%w: the request could not be taken back, and may still be worked on: %w", cause, err)
+	case got.Answer != nil:
+		return *got.Answer, got.Answer.err()
+	case there && got.Begun:
+		return answer{}, fmt.Errorf("%w: the projection %q is working on the request", cause, name)
+	}
+	return answer{}, fmt.Errorf("%w: no process that runs the projection %q has answered; the request was taken back", cause, name)
+}
+
+func putJSON(tx StateTx, table, key string, value any) error {
+	data, err := json.Marshal(value)
+	if err != nil {
+		return err
+	}
+	return tx.Put(table, key, data)
+}
+
+func getJSON[T any](tx StateTx, table, key string) (value T, ok bool, err error) {
+	data, ok, err := tx.Get(table, key)
+	if err != nil || !ok {
+		return value, false, err
+	}
+	if err := json.Unmarshal(data, &value); err != nil {
+		return value, false, fmt.Errorf("row %q of table %q: %w", key, table, err)
+	}
+	return value, true, nil
+}
+
+// eachJSON gives the rows of the table to do, in the order of their keys.
+func eachJSON[T any](tx StateTx, table string, do func(key string, value T)) error {
+	for row, err := range tx.Scan(table, Range{}) {
+		if err != nil {
+			return err
+		}
+		var value T
+		if err := json.Unmarshal(row.Value, &value); err != nil {
+			return fmt.Errorf("row %q of table %q: %w", row.Key, table, err)
+		}
+		do(row.Key, value)
+	}
+	return nil
+}
+
+func read[T any](ctx context.Context, s State, table string) ([]T, error) {
+	var all []T
+	err := s.View(ctx, func(tx StateTx) error {
+		all = all[:0]
+		return eachJSON(tx, table, func(_ string, one T) { all = append(all, one) })
+	})
+	return all, err
+}
+
+// ordersEvery is how often the owner of a projection looks for requests, where
+// other processes can make them while it runs.
+const ordersEvery = time.Second
+
+// lookForOrders says when to look for requests.
+func (r *runner) lookForOrders() (now <-chan time.Time, stop func()) {
+	if !Shared(r.engine.state) {
+		return nil, func() {}
+	}
+	ticker := time.NewTicker(ordersEvery)
+	return ticker.C, ticker.Stop
+}
+
+// orders does what others ask for.
+func (r *runner) orders(ctx context.Context, lease Lease) error {
+	var keys []string
+	var all []order
+	err := r.engine.state.View(ctx, func(tx StateTx) error {
+		keys, all = keys[:0], all[:0]
+		return eachJSON(tx, orderTable(r.projection.Name()), func(key string, o order) {
+			if o.Answer == nil {
+				keys, all = append(keys, key), append(all, o)
+			}
+		})
+	})
+	for i := 0; err == nil && i < len(all); i++ {
+		err = r.obey(ctx, lease, keys[i], all[i])
+	}
+	return err
+}
+
+// obey works on a request and answers it. It is written down first that it was
+// begun: whoever has asked knows then that it may have been done. The next owner
+// begins again with what was begun and not answered.
+func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) error {
+	name := r.projection.Name()
+	change := func(alter func(o *order)) (there bool, err error) {
+		err = r.engine.state.Update(ctx, func(tx StateTx) error {
+			if err := tx.Fence(lease); err != nil {
+				return err
+			}
+			var now order
+			if now, there, err = getJSON[order](tx, orderTable(name), key); err != nil || !there {
+				return err
+			}
+			alter(&now)
+			return putJSON(tx, orderTable(name), key, now)
+		})
+		return there, err
+	}
+	if there, err := change(func(o *order) { o.Begun = true }); err != nil || !there {
+		return err
+	}
+	var done answer
+	q := request{ctx: ctx, done: make(chan error, 1)}
+	switch o.Action {
+	case actionReplay:
+		q.do = func(ctx context.Context, lease Lease) (err error) {
+			done.Count, err = r.replay(ctx, lease)
+			return err
+		}
+	case actionSkip:
+		q.do = func(ctx context.Context, lease Lease) error { return r.giveUp(ctx, lease, o.Position, o.Note, o.By) }
+	case actionRebuild:
+		q.do, q.empties = r.clear, true
+	default:
+		q.do = func(context.Context, Lease) error {
+			return fmt.Errorf("%w: the request %q is not known to the process that runs the projection", eventstore.ErrInvalid, o.Action)
+		}
+	}
+	next := r.serve(ctx, lease, q)
+	err := <-q.done
+	if ctx.Err() != nil || errors.Is(err, ErrFenced) || errors.Is(err, ErrUnavailable) {
+		return next // it is begun again
+	}
+	if err != nil {
+		done.Error, done.Missing = fmt.Sprintf("projection %q: %v", name, err), errors.Is(err, ErrNoDeadLetter)
+	}
+	if _, err := change(func(o *order) { o.Answer = &done }); err != nil {
+		return err
+	}
+	return next
+}
+
+// elsewhere asks the process that runs the projection, when that is another one
+// and can be asked.
+func (r *runner) elsewhere(ctx context.Context, err error, o order) (answer, error) {
+	if !errors.Is(err, ErrLeaseHeld) || !Shared(r.engine.state) {
+		return answer{}, err
+	}
+	return NewAdmin(r.engine.state, r.engine.options.Owner).ask(ctx, r.projection.Name(), o)
+}
