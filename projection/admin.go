@@ -24,11 +24,17 @@ import (
 type Admin struct {
 	state State
 	by    string
+	leave bool
 }
 
 // NewAdmin returns an Admin for the state. by says in the records who asked, for
 // example "ann".
 func NewAdmin(state State, by string) *Admin { return &Admin{state: state, by: by} }
+
+// WithoutWaiting returns an Admin that only writes requests down: they are found
+// when somebody runs the projection, and nobody is told how they went. It is for
+// states that one process at a time can use.
+func (a *Admin) WithoutWaiting() *Admin { return &Admin{state: a.state, by: a.by, leave: true} }
 
 var (
 	// ErrNoDeadLetter: no event at that position is set aside.
@@ -78,6 +84,7 @@ type order struct {
 	Position eventstore.Position `json:"position,omitempty"`
 	Note     string              `json:"note,omitempty"`
 	By       string              `json:"by,omitempty"`
+	Unread   bool                `json:"unread,omitempty"` // nobody waits for the answer
 	Begun    bool                `json:"begun,omitempty"`
 	Answer   *answer             `json:"answer,omitempty"`
 }
@@ -130,7 +137,7 @@ func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
 	if err := validateName(name); err != nil {
 		return answer{}, err
 	}
-	o.By = a.by
+	o.By, o.Unread = a.by, a.leave
 	id, err := uuid.NewV7()
 	if err != nil {
 		return answer{}, err
@@ -138,6 +145,9 @@ func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
 	key := id.String()
 	if err := a.state.Update(ctx, func(tx StateTx) error { return putJSON(tx, orderTable(name), key, o) }); err != nil {
 		return answer{}, err
+	}
+	if a.leave {
+		return answer{}, nil
 	}
 	for wait := answerFirst; ; wait = min(2*wait, answerLast) {
 		timer := time.NewTimer(wait)
@@ -280,7 +290,9 @@ func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) err
 			if now, there, err = getJSON[order](tx, orderTable(name), key); err != nil || !there {
 				return err
 			}
-			alter(&now)
+			if alter(&now); now.Answer != nil && now.Unread {
+				return tx.Delete(orderTable(name), key)
+			}
 			return putJSON(tx, orderTable(name), key, now)
 		})
 		return there, err
@@ -313,6 +325,7 @@ func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) err
 	if err != nil {
 		done.Error, done.Missing = fmt.Sprintf("projection %q: %v", name, err), errors.Is(err, ErrNoDeadLetter)
 	}
+	r.engine.options.Logger.Info("projection has answered a request", "projection", name, "request", string(o.Action), "by", o.By, "error", done.Error)
 	if _, err := change(func(o *order) { o.Answer = &done }); err != nil {
 		return err
 	}

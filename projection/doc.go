@@ -42,8 +42,9 @@
 // the event is tried again, alone, with growing pauses, and after
 // [Options.Attempts] goes to the dead letters with all later events of its
 // stream, in order, while the others go on. An event whose stored bytes cannot
-// be decoded goes there at once. [Engine.ReplayDeadLetters] tries them again
-// after the cause was removed.
+// be decoded goes there at once, and so does one whose handler says that trying
+// again is no use ([Permanent]). [Engine.ReplayDeadLetters] tries them again
+// after the cause was removed; [Engine.SkipDeadLetter] gives one up, with a note.
 //
 // A failing database is not the event's fault, also within a handler
 // ([ErrUnavailable]): it is tried again until it answers.
@@ -56,8 +57,10 @@
 // stores beside the rows, so [Engine.WaitFor], [Engine.Status] and queries that
 // ask for a position work there as well. An owner that was paused for so long
 // that another one has its lease cannot commit any more ([ErrFenced]): it drops
-// what it knows and stands by. [Engine.Rebuild] and [Engine.ReplayDeadLetters]
-// are for the owner; elsewhere they fail with [ErrLeaseHeld].
+// what it knows and stands by. Rebuilding, replaying and skipping are done by
+// the owner: elsewhere [Engine] writes a request into the state, which the owner
+// finds within about a second and answers. So does [Admin], for tools that do not
+// have the definitions; the deed command is one.
 //
 // # State
 //

@@ -378,9 +378,6 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 			// The reader ends when it is told to; only then may the next one begin.
 		}
 	}()
-	if err := r.orders(ctx, lease); err != nil {
-		return err
-	}
 	ordered, stop := r.lookForOrders()
 	defer stop()
 	note := time.NewTimer(r.engine.noteAfter)
@@ -486,6 +483,11 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 	}
 	if r.stored.Position == 0 {
 		r.folder.fresh()
+	}
+	// Before anybody hears that it has begun: whoever only waits for that may stop it
+	// at once.
+	if err := r.orders(ctx, lease); err != nil {
+		return err
 	}
 	r.progress.change(func() {
 		r.progress.started, r.progress.through, r.progress.stored, r.progress.phase = true, r.stored.Position, r.stored.Position, PhaseCatchingUp

@@ -40,6 +40,16 @@
 //
 //	deed projections --store $DB
 //
+// What has been set aside is listed and shown with its error; the process that
+// runs the projection, which has its code, is asked to fold it again, or to give
+// up an event, with the reason:
+//
+//	deed projections dead-letters balances --store $DB
+//	deed projections dead-letter balances 4711 --store $DB
+//	deed projections replay balances --store $DB
+//	deed projections skip balances 4711 --note "the bank took it back" --store $DB
+//	deed projections rebuild balances --store $DB
+//
 // # Schemas
 //
 // Migrate applies what is missing, or prints the statements for people who apply

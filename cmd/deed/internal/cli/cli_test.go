@@ -157,6 +157,12 @@ func TestHelp(t *testing.T) {
 		{"streams", "--help"},
 		{"events", "--help"},
 		{"projections", "--help"},
+		{"projections", "list", "--help"},
+		{"projections", "dead-letters", "--help"},
+		{"projections", "dead-letter", "--help"},
+		{"projections", "replay", "--help"},
+		{"projections", "skip", "--help"},
+		{"projections", "rebuild", "--help"},
 	} {
 		o := command(t, args...)
 		require.Equal(t, exitOK, o.code, args)

@@ -179,7 +179,9 @@ func newJSONPrinter(out io.Writer) jsonPrinter {
 	return jsonPrinter{encoder}
 }
 
-func (p jsonPrinter) print(r *eventstore.Recorded) error {
+func (p jsonPrinter) print(r *eventstore.Recorded) error { return p.encoder.Encode(newJSONEvent(r)) }
+
+func newJSONEvent(r *eventstore.Recorded) jsonEvent {
 	line := jsonEvent{
 		Position: r.Position, Stream: r.Stream.String(), Version: r.Version, Type: r.Type, ID: r.ID, Time: r.Time,
 		Tags: r.Tags, Metadata: r.Metadata,
@@ -192,7 +194,7 @@ func (p jsonPrinter) print(r *eventstore.Recorded) error {
 		line.Data = fmt.Appendf(nil, "%q", base64.StdEncoding.EncodeToString(r.Data))
 		line.DataEncoding = "base64"
 	}
-	return p.encoder.Encode(line)
+	return line
 }
 
 func isJSON(data []byte) bool { return utf8.Valid(data) && json.Valid(data) }

@@ -11,15 +11,67 @@ import (
 	"github.com/deed-go/deed/projection"
 )
 
-// projectionsCommand shows what the state keeps of projections.
+// projectionsCommand is about what the state keeps of projections.
 type projectionsCommand struct {
+	List        projectionsList    `cmd:"" default:"withargs" help:"Show how far projections have come."`
+	DeadLetters deadLettersCommand `cmd:"" help:"List the events that a projection has set aside, or was told to skip."`
+	DeadLetter  deadLetterCommand  `cmd:"" help:"Show one of them whole."`
+	Replay      replayLetters      `cmd:"" help:"Have a projection fold the events again that it has set aside."`
+	Skip        skipLetter         `cmd:"" help:"Have a projection give up one of them."`
+	Rebuild     rebuildProjection  `cmd:"" help:"Have a projection emptied and folded again from the beginning."`
+}
+
+// keeper is where the projections are kept: the store, or another one.
+type keeper struct {
 	storeFlag
 	stateFlag
+}
+
+// open opens the store and the state.
+func (k keeper) open(ctx context.Context, e *Environment) (dsn stores.DSN, store eventstore.Store, state projection.State, release func(*error), err error) {
+	dsn, store, release, err = k.storeFlag.open(ctx, e)
+	if err != nil {
+		return dsn, nil, nil, nil, err
+	}
+	closeAll := release
+	defer func() {
+		if err != nil {
+			closeAll(&err)
+		}
+	}()
+	holder := store
+	if k.State != "" {
+		kept, err := k.stateFlag.find(e)
+		if err != nil {
+			return dsn, nil, nil, nil, err
+		}
+		source, err := kept.Opener(ctx, stores.Existing)
+		if err != nil {
+			return dsn, nil, nil, nil, err
+		}
+		if holder, err = source.Open(ctx); err != nil {
+			return dsn, nil, nil, nil, err
+		}
+		closeAll = func(failed *error) {
+			*failed = errors.Join(*failed, stores.Close(holder))
+			release(failed)
+		}
+	}
+	state, ok := eventstore.Find[projection.State](holder)
+	if !ok {
+		return dsn, nil, nil, nil, fmt.Errorf("%s keeps events only: say with --state where its read models are kept: %w", dsn, errors.ErrUnsupported)
+	}
+	return dsn, store, state, closeAll, nil
+}
+
+// projectionsList shows what the state keeps of projections.
+type projectionsList struct {
+	keeper
 	JSON bool `help:"Print JSON."`
 }
 
 // Help is shown by deed projections --help.
-func (c *projectionsCommand) Help() string {
+func (c *projectionsList) Help() string {
 	return `Shown is what is stored: a checkpoint that moved without an event for the projection is written some time later, so that a projection may be a little further than its position says. The lag is the number of positions up to the head of the log. An owner is shown while it has the projection; on a store for one process at a time, that is nobody but this command.`
 }
 
@@ -38,31 +90,12 @@ type projectionInfo struct {
 }
 
 // Run shows the projections.
-func (c *projectionsCommand) Run(ctx context.Context, e *Environment) (err error) {
-	dsn, store, release, err := c.storeFlag.open(ctx, e)
+func (c *projectionsList) Run(ctx context.Context, e *Environment) (err error) {
+	dsn, store, state, release, err := c.open(ctx, e)
 	if err != nil {
 		return err
 	}
 	defer release(&err)
-	keeper := store
-	if c.State != "" {
-		kept, err := c.stateFlag.find(e)
-		if err != nil {
-			return err
-		}
-		source, err := kept.Opener(ctx, stores.Existing)
-		if err != nil {
-			return err
-		}
-		if keeper, err = source.Open(ctx); err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, stores.Close(keeper)) }()
-	}
-	state, ok := eventstore.Find[projection.State](keeper)
-	if !ok {
-		return fmt.Errorf("%s keeps events only: say with --state where its read models are kept: %w", dsn, errors.ErrUnsupported)
-	}
 	log, err := eventstore.LogID(ctx, store)
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		return err
