@@ -121,6 +121,7 @@ func (r *runner) Run(ctx context.Context) (err error) {
 		lease, err := r.acquire(ctx)
 		began := time.Now()
 		if err == nil {
+			r.engine.telemetry.acquired.Add(ctx, 1, r.attributes)
 			err = r.own(ctx, lease)
 		}
 		switch {

@@ -2,6 +2,7 @@ package projection
 
 import (
 	"context"
+	"time"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
@@ -20,6 +21,10 @@ type telemetry struct {
 	retries     metric.Int64Counter
 	deadLetters metric.Int64Counter
 	fenced      metric.Int64Counter
+	acquired    metric.Int64Counter
+	batchEvents metric.Int64Histogram
+	batchTime   metric.Float64Histogram
+	waiting     metric.Int64ObservableGauge
 	lagEvents   metric.Int64ObservableGauge
 	lag         metric.Float64ObservableGauge
 }
@@ -30,6 +35,11 @@ func newTelemetry(o *Options) *telemetry {
 	t.retries, _ = t.meter.Int64Counter("deed.projection.retries", metric.WithDescription("pauses before another attempt"))
 	t.deadLetters, _ = t.meter.Int64Counter("deed.projection.dead_letters", metric.WithDescription("events that failed for good"))
 	t.fenced, _ = t.meter.Int64Counter("deed.projection.fenced", metric.WithDescription("leases lost to another owner"))
+	t.acquired, _ = t.meter.Int64Counter("deed.projection.acquired", metric.WithDescription("leases acquired"))
+	t.batchEvents, _ = t.meter.Int64Histogram("deed.projection.batch.events", metric.WithDescription("new events folded at once"),
+		metric.WithExplicitBucketBoundaries(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
+	t.batchTime, _ = t.meter.Float64Histogram("deed.projection.batch.time", metric.WithUnit("s"), metric.WithDescription("how long that took, commit included"))
+	t.waiting, _ = t.meter.Int64ObservableGauge("deed.projection.dead_letters.waiting", metric.WithDescription("events that are set aside now"))
 	t.lagEvents, _ = t.meter.Int64ObservableGauge("deed.projection.lag.events", metric.WithDescription("events not yet considered"))
 	t.lag, _ = t.meter.Float64ObservableGauge("deed.projection.lag", metric.WithUnit("s"), metric.WithDescription("age of the oldest event not yet considered"))
 	return t
@@ -49,8 +59,9 @@ func (t *telemetry) observeLag(r *runner) (stop func()) {
 		}
 		o.ObserveInt64(t.lagEvents, int64(s.LagEvents), r.attributes)
 		o.ObserveFloat64(t.lag, s.Lag.Seconds(), r.attributes)
+		o.ObserveInt64(t.waiting, int64(s.DeadLetters), r.attributes)
 		return nil
-	}, t.lagEvents, t.lag)
+	}, t.lagEvents, t.lag, t.waiting)
 	if err != nil {
 		return func() {}
 	}
@@ -61,18 +72,22 @@ func nameAttribute(p Projection) attribute.KeyValue {
 	return attribute.String("deed.projection", p.Name())
 }
 
-// span covers one batch of new events. What is folded while catching up, on a
-// restart or a rebuild, happened before: it makes no spans.
+// span covers and measures one batch of new events. What is folded while
+// catching up, on a restart or a rebuild, happened before: it makes no spans.
 func (r *runner) span(ctx context.Context, events int) (context.Context, func(error)) {
 	if !r.live {
 		return ctx, func(error) {}
 	}
 	ctx, span := r.engine.telemetry.tracer.Start(ctx, "projection "+r.projection.Name(),
 		trace.WithNewRoot(), trace.WithAttributes(nameAttribute(r.projection), attribute.Int("deed.events", events)))
+	began := time.Now()
 	return ctx, func(err error) {
 		if err != nil {
 			span.RecordError(err)
 			span.SetStatus(codes.Error, err.Error())
+		} else {
+			r.engine.telemetry.batchEvents.Record(ctx, int64(events), r.attributes)
+			r.engine.telemetry.batchTime.Record(ctx, time.Since(began).Seconds(), r.attributes)
 		}
 		span.End()
 	}

@@ -8,8 +8,11 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 	metricnoop "go.opentelemetry.io/otel/metric/noop"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	"go.opentelemetry.io/otel/trace"
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 
@@ -157,15 +160,107 @@ func TestInvariant8_ReplayMakesNoSpans(t *testing.T) {
 		put(t, store, account("ann"), deposited{5})
 		r.caughtUp(t, store, "balances")
 		require.Equal(t, []string{"projection balances"}, o.spans)
-		require.Equal(t, map[string]float64{"deed.projection.lag.events": 0, "deed.projection.lag": 0}, o.collect(t))
+		require.Equal(t, map[string]float64{"deed.projection.lag.events": 0, "deed.projection.lag": 0, "deed.projection.dead_letters.waiting": 0}, o.collect(t))
 
 		put(t, store, account("ann"), deposited{13}, deposited{1})
 		time.Sleep(90 * time.Minute)
-		require.Equal(t, map[string]float64{"deed.projection.lag.events": 2, "deed.projection.lag": 5400}, o.collect(t))
+		require.Equal(t, map[string]float64{"deed.projection.lag.events": 2, "deed.projection.lag": 5400, "deed.projection.dead_letters.waiting": 0}, o.collect(t))
 		require.NoError(t, r.WaitFor(t.Context(), "balances", 5))
 		require.EqualValues(t, 2, o.counts["deed.projection.retries"])
 		require.EqualValues(t, 1, o.counts["deed.projection.dead_letters"])
 		require.NoError(t, r.stop())
 		require.Empty(t, o.callbacks, "a stopped projection is no longer observed")
+	})
+}
+
+// metrics are what OpenTelemetry's own reader sees, by name and projection;
+// of a histogram the count.
+func metrics(t testing.TB, reader sdkmetric.Reader) map[string]float64 {
+	t.Helper()
+	var all metricdata.ResourceMetrics
+	require.NoError(t, reader.Collect(t.Context(), &all))
+	found := map[string]float64{}
+	note := func(name string, of attribute.Set, value float64) {
+		projection, ok := of.Value("deed.projection")
+		require.True(t, ok, name)
+		found[name+" "+projection.AsString()] = value
+	}
+	for _, scope := range all.ScopeMetrics {
+		for _, m := range scope.Metrics {
+			require.NotEmpty(t, m.Description, m.Name)
+			switch data := m.Data.(type) {
+			case metricdata.Sum[int64]:
+				for _, p := range data.DataPoints {
+					note(m.Name, p.Attributes, float64(p.Value))
+				}
+			case metricdata.Gauge[int64]:
+				for _, p := range data.DataPoints {
+					note(m.Name, p.Attributes, float64(p.Value))
+				}
+			case metricdata.Gauge[float64]:
+				for _, p := range data.DataPoints {
+					note(m.Name, p.Attributes, p.Value)
+				}
+			case metricdata.Histogram[int64]:
+				for _, p := range data.DataPoints {
+					note(m.Name, p.Attributes, float64(p.Count))
+				}
+			case metricdata.Histogram[float64]:
+				for _, p := range data.DataPoints {
+					note(m.Name, p.Attributes, float64(p.Count))
+				}
+			default:
+				t.Errorf("%s is a %T", m.Name, m.Data)
+			}
+		}
+	}
+	return found
+}
+
+// Lag, leases, fenced commits and dead letters as a metrics backend sees them.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &shared{Store: memory.New()}
+		defer store.Close()
+		reader, otherReader := sdkmetric.NewManualReader(), sdkmetric.NewManualReader()
+		provide := func(r sdkmetric.Reader) metric.MeterProvider { return sdkmetric.NewMeterProvider(sdkmetric.WithReader(r)) }
+		f := newFragile()
+		put(t, store, account("ann"), opened{"Ann"}, deposited{5})
+		one := start(t, store, store, projection.Options{Owner: "one", MeterProvider: provide(reader), RetryAfter: time.Hour, RetryAtMost: time.Hour, Attempts: 2}, f.view)
+		one.caughtUp(t, store, "balances")
+		synctest.Wait()
+		require.Equal(t, map[string]float64{
+			"deed.projection.acquired balances": 1, "deed.projection.events balances": 2,
+			"deed.projection.lag balances": 0, "deed.projection.lag.events balances": 0, "deed.projection.dead_letters.waiting balances": 0,
+		}, metrics(t, reader), "catching up is not measured, but counted")
+
+		put(t, store, account("ann"), deposited{1})
+		one.caughtUp(t, store, "balances")
+		put(t, store, account("bob"), deposited{13}, deposited{2})
+		time.Sleep(30 * time.Minute)
+		got := metrics(t, reader)
+		require.EqualValues(t, 1, got["deed.projection.batch.events balances"])
+		require.EqualValues(t, 1, got["deed.projection.batch.time balances"])
+		require.EqualValues(t, 2, got["deed.projection.lag.events balances"])
+		require.EqualValues(t, 1800, got["deed.projection.lag balances"])
+		require.EqualValues(t, 1, got["deed.projection.retries balances"])
+		require.NoError(t, one.WaitFor(t.Context(), "balances", 5))
+		got = metrics(t, reader)
+		require.EqualValues(t, 1, got["deed.projection.dead_letters balances"])
+		require.EqualValues(t, 2, got["deed.projection.dead_letters.waiting balances"])
+		require.Zero(t, got["deed.projection.lag.events balances"])
+
+		// Another engine of the same name takes the lease away.
+		two := start(t, store, store, projection.Options{Owner: "one", MeterProvider: provide(otherReader)}, f.view)
+		ready(t, two)
+		put(t, store, account("ann"), deposited{1})
+		two.caughtUp(t, store, "balances")
+		time.Sleep(time.Minute)
+		require.EqualValues(t, 1, metrics(t, reader)["deed.projection.fenced balances"])
+		require.EqualValues(t, 1, metrics(t, otherReader)["deed.projection.acquired balances"])
+		require.NoError(t, one.stop())
+		require.NoError(t, two.stop())
+		require.NotContains(t, metrics(t, otherReader), "deed.projection.lag balances", "a stopped projection is no longer observed")
 	})
 }
