@@ -36,9 +36,11 @@
 //	deed events --store $DB --follow --after head --json | jq .data
 //
 // Projections shows how far each projection has come, who runs it, and how many
-// events it has set aside:
+// events it has set aside; watching, also how fast it moves and how long it will
+// take at that speed:
 //
 //	deed projections --store $DB
+//	deed projections --watch --store $DB
 //
 // What has been set aside is listed and shown with its error; the process that
 // runs the projection, which has its code, is asked to fold it again, or to give

@@ -193,6 +193,7 @@ func TestUsage(t *testing.T) {
 		`"soon" is no position`:                  {"events", "--store", "memory:", "--after", "soon"},
 		"leave out --backward":                   {"events", "--store", "memory:", "--follow", "--backward"},
 		"leave out --backward and --through":     {"events", "--store", "memory:", "--follow", "--through", "5"},
+		"--every 1ms":                            {"projections", "--watch", "--every", "1ms", "--store", "memory:"},
 		"--limit":                                {"events", "--store", "memory:", "--limit=-5"},
 		"unexpected argument":                    {"migrate", "sqlite:x.db"},
 	} {
@@ -550,6 +551,65 @@ func TestProjections_Held(t *testing.T) {
 	require.NoError(t, app.Stop(t.Context()))
 	o = runIn(t, t.Context(), shared(store), "projections", "--store", "test:", "--json")
 	require.NotContains(t, object(t, o.stdout)["projections"].([]any)[0], "owner")
+}
+
+// Watching looks again and again, and says how fast a projection moves.
+func TestProjections_Watch(t *testing.T) {
+	t.Parallel()
+	store := memory.New()
+	defer func() { require.NoError(t, store.Close()) }()
+	owners := projection.View("owners", projection.On(func(r *row, e opened) { r.Owner = e.Owner }))
+	app, err := deed.Start(t.Context(), eventstore.Opened(store), owners)
+	require.NoError(t, err)
+	put(t, store, event("account-ann", "opened", `{"Owner":"ann"}`))
+	require.NoError(t, app.Settle(t.Context()))
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	read, write := io.Pipe()
+	ended := make(chan int, 1)
+	go func() {
+		ended <- Main(ctx, []string{"projections", "--watch", "--every", "20ms", "--json", "--store", "test:"}, Environment{Stdout: write, Stderr: io.Discard, Stores: shared(store)})
+		_ = write.Close()
+	}()
+	looks := json.NewDecoder(read)
+	for looked := 0; ; looked++ {
+		var s sight
+		require.NoError(t, looks.Decode(&s))
+		require.Len(t, s.Projections, 1)
+		if looked == 0 {
+			require.EqualValues(t, 1, s.Projections[0].Position)
+			require.Zero(t, s.Projections[0].PerSecond)
+			put(t, store, event("account-bob", "opened", `{"Owner":"bob"}`))
+			require.NoError(t, app.Settle(t.Context()))
+		}
+		if s.Projections[0].PerSecond > 0 {
+			require.EqualValues(t, 2, s.Projections[0].Position)
+			break
+		}
+		require.Less(t, looked, 1000)
+	}
+	cancel()
+	_, _ = io.Copy(io.Discard, read)
+	require.Equal(t, exitOK, <-ended)
+	require.NoError(t, app.Stop(t.Context()))
+}
+
+func TestSight(t *testing.T) {
+	t.Parallel()
+	before := &sight{at: day, Projections: []projectionInfo{{Name: "a", Position: 100}, {Name: "b", Position: 900}, {Name: "c", Position: 5}}}
+	now := &sight{Head: 1000, at: day.Add(2 * time.Second), Projections: []projectionInfo{
+		{Name: "a", Position: 300, Lag: 700}, {Name: "b", Position: 10, Lag: 990}, {Name: "c", Position: 5, Lag: 995, Owner: "me"}, {Name: "d", Position: 7, Lag: 993},
+	}}
+	now.since(before)
+	var text strings.Builder
+	require.NoError(t, now.table(true).print(&text))
+	require.Equal(t, strings.TrimPrefix(`
+PROJECTION  POSITION   HEAD  LAG  A SECOND  LEFT  DEAD LETTERS  EPOCH  OWNER  PROBLEM
+a                300  1,000  700       100    7s             0      0  -      -
+b                 10  1,000  990         0     -             0      0  -      -
+c                  5  1,000  995         0     -             0      0  me     -
+d                  7  1,000  993         0     -             0      0  -      -
+`, "\n"), text.String())
 }
 
 func TestInform(t *testing.T) {

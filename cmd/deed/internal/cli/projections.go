@@ -1,9 +1,12 @@
 package cli
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/deed-go/deed/cmd/deed/internal/stores"
@@ -67,7 +70,17 @@ func (k keeper) open(ctx context.Context, e *Environment) (dsn stores.DSN, store
 // projectionsList shows what the state keeps of projections.
 type projectionsList struct {
 	keeper
-	JSON bool `help:"Print JSON."`
+	Watch bool          `short:"w" help:"Look again and again, until interrupted; shows the speed, and the time left at that speed."`
+	Every time.Duration `default:"1s" help:"How often to look with --watch."`
+	JSON  bool          `help:"Print JSON; with --watch an object a line."`
+}
+
+// Validate refuses to look without a pause.
+func (c *projectionsList) Validate() error {
+	if c.Every < 10*time.Millisecond {
+		return fmt.Errorf("--every %s: it must be at least 10ms", c.Every)
+	}
+	return nil
 }
 
 // Help is shown by deed projections --help.
@@ -80,6 +93,10 @@ type projectionInfo struct {
 	Name     string              `json:"name"`
 	Position eventstore.Position `json:"position"`
 	Lag      uint64              `json:"lag"`
+	// PerSecond is how many positions it has moved a second since the look before,
+	// and SecondsLeft how long it takes to the head at that speed.
+	PerSecond   float64 `json:"per_second,omitempty"`
+	SecondsLeft float64 `json:"seconds_left,omitempty"`
 	// Owner has the projection now; Until is when its lease ends, if by time.
 	Owner       string    `json:"owner,omitempty"`
 	Until       time.Time `json:"until,omitzero"`
@@ -100,41 +117,113 @@ func (c *projectionsList) Run(ctx context.Context, e *Environment) (err error) {
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		return err
 	}
-	known, err := projection.Inspect(ctx, state)
-	if err != nil {
-		return err
-	}
-	head, err := store.Head(ctx) // after the checkpoints, which it must not lie behind
-	if err != nil {
-		return err
-	}
-	found := []projectionInfo{}
-	for _, k := range known {
-		// Of one that was removed the epoch of its lease is left, for ever.
-		if k.Held || !k.Checkpoint.IsZero() || k.DeadLetters > 0 {
-			found = append(found, inform(k, log, head))
+	look := func() (*sight, error) {
+		known, err := projection.Inspect(ctx, state)
+		if err != nil {
+			return nil, err
 		}
+		s := &sight{Store: dsn.String(), Projections: []projectionInfo{}, at: time.Now()}
+		if s.Head, err = store.Head(ctx); err != nil { // after the checkpoints, which it must not lie behind
+			return nil, err
+		}
+		for _, k := range known {
+			// Of one that was removed the epoch of its lease is left, for ever.
+			if k.Held || !k.Checkpoint.IsZero() || k.DeadLetters > 0 {
+				s.Projections = append(s.Projections, inform(k, log, s.Head))
+			}
+		}
+		return s, nil
 	}
+	now, err := look()
+	if err != nil {
+		return err
+	}
+	if !c.Watch {
+		if c.JSON {
+			return printJSON(e.Stdout, now)
+		}
+		if len(now.Projections) == 0 {
+			fmt.Fprintln(e.Stderr, "no projections")
+			return nil
+		}
+		return now.table(false).print(e.Stdout)
+	}
+	ticker := time.NewTicker(c.Every)
+	defer ticker.Stop()
+	for {
+		if err := c.show(e, now); err != nil {
+			return err
+		}
+		select {
+		case <-ticker.C:
+		case <-ctx.Done():
+			return nil // it was told to end
+		}
+		before := now
+		if now, err = look(); err != nil {
+			if ctx.Err() != nil {
+				return nil //nolint:nilerr // likewise
+			}
+			return err
+		}
+		now.since(before)
+	}
+}
+
+// show prints one of many looks.
+func (c *projectionsList) show(e *Environment, s *sight) error {
 	if c.JSON {
-		return printJSON(e.Stdout, map[string]any{"store": dsn.String(), "head": head, "projections": found})
+		return json.NewEncoder(e.Stdout).Encode(s)
 	}
-	if len(found) == 0 {
-		fmt.Fprintln(e.Stderr, "no projections")
-		return nil
+	if isTerminal(e.Stdout) {
+		fmt.Fprint(e.Stdout, "\x1b[H\x1b[2J")
 	}
-	t := newTable(column{title: "PROJECTION"}, column{"POSITION", true}, column{"HEAD", true}, column{"LAG", true},
-		column{"DEAD LETTERS", true}, column{"EPOCH", true}, column{title: "OWNER"}, column{title: "PROBLEM"})
-	for _, p := range found {
-		owner, problem := p.Owner, p.Problem
-		if owner == "" {
-			owner = "-"
+	return s.table(true).print(e.Stdout)
+}
+
+// sight is what one look has seen.
+type sight struct {
+	Store       string              `json:"store"`
+	Head        eventstore.Position `json:"head"`
+	Projections []projectionInfo    `json:"projections"`
+
+	at time.Time
+}
+
+// since fills in how fast the projections have moved.
+func (s *sight) since(before *sight) {
+	passed := s.at.Sub(before.at).Seconds()
+	for i := range s.Projections {
+		p := &s.Projections[i]
+		was := slices.IndexFunc(before.Projections, func(b projectionInfo) bool { return b.Name == p.Name })
+		if was < 0 || p.Position < before.Projections[was].Position || passed <= 0 {
+			continue // it has just begun, or again
 		}
-		if problem == "" {
-			problem = "-"
+		p.PerSecond = float64(p.Position-before.Projections[was].Position) / passed
+		if p.PerSecond > 0 {
+			p.SecondsLeft = float64(p.Lag) / p.PerSecond
 		}
-		t.add(p.Name, count(p.Position), count(head), count(p.Lag), count(p.DeadLetters), count(p.Epoch), owner, problem)
 	}
-	return t.print(e.Stdout)
+}
+
+func (s *sight) table(speed bool) *textTable {
+	columns := []column{{title: "PROJECTION"}, {"POSITION", true}, {"HEAD", true}, {"LAG", true}}
+	if speed {
+		columns = append(columns, column{"A SECOND", true}, column{"LEFT", true})
+	}
+	t := newTable(append(columns, column{"DEAD LETTERS", true}, column{"EPOCH", true}, column{title: "OWNER"}, column{title: "PROBLEM"})...)
+	for _, p := range s.Projections {
+		cells := []string{p.Name, count(p.Position), count(s.Head), count(p.Lag)}
+		if speed {
+			left := "-"
+			if p.SecondsLeft > 0 {
+				left = time.Duration(p.SecondsLeft * float64(time.Second)).Round(time.Second).String()
+			}
+			cells = append(cells, rate(p.PerSecond), left)
+		}
+		t.add(append(cells, count(p.DeadLetters), count(p.Epoch), cmp.Or(p.Owner, "-"), cmp.Or(p.Problem, "-"))...)
+	}
+	return t
 }
 
 func inform(k projection.Stored, log string, head eventstore.Position) projectionInfo {
