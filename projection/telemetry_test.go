@@ -224,7 +224,9 @@ func TestMetrics(t *testing.T) {
 		store := &shared{Store: memory.New()}
 		defer store.Close()
 		reader, otherReader := sdkmetric.NewManualReader(), sdkmetric.NewManualReader()
-		provide := func(r sdkmetric.Reader) metric.MeterProvider { return sdkmetric.NewMeterProvider(sdkmetric.WithReader(r)) }
+		provide := func(r sdkmetric.Reader) metric.MeterProvider {
+			return sdkmetric.NewMeterProvider(sdkmetric.WithReader(r))
+		}
 		f := newFragile()
 		put(t, store, account("ann"), opened{"Ann"}, deposited{5})
 		one := start(t, store, store, projection.Options{Owner: "one", MeterProvider: provide(reader), RetryAfter: time.Hour, RetryAtMost: time.Hour, Attempts: 2}, f.view)
