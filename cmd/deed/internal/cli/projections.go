@@ -32,11 +32,11 @@ type keeper struct {
 
 // open opens the store and the state.
 func (k keeper) open(ctx context.Context, e *Environment) (dsn stores.DSN, store eventstore.Store, state projection.State, release func(*error), err error) {
-	dsn, store, release, err = k.storeFlag.open(ctx, e)
+	dsn, store, closeStore, err := k.storeFlag.open(ctx, e)
 	if err != nil {
 		return dsn, nil, nil, nil, err
 	}
-	closeAll := release
+	closeAll := closeStore
 	defer func() {
 		if err != nil {
 			closeAll(&err)
@@ -57,7 +57,7 @@ func (k keeper) open(ctx context.Context, e *Environment) (dsn stores.DSN, store
 		}
 		closeAll = func(failed *error) {
 			*failed = errors.Join(*failed, stores.Close(holder))
-			release(failed)
+			closeStore(failed)
 		}
 	}
 	state, ok := eventstore.Find[projection.State](holder)
