@@ -78,6 +78,19 @@ func (a *Admin) Rebuild(ctx context.Context, name string) error {
 	return err
 }
 
+// Verify is [Engine.Verify] by whoever runs the projection, which goes on
+// meanwhile.
+func (a *Admin) Verify(ctx context.Context, name string) (Verification, error) {
+	got, err := a.ask(ctx, name, order{Action: actionVerify})
+	if err == nil && got.Verification == nil && !a.leave {
+		err = fmt.Errorf("%w: it was answered without a result", ErrRefused)
+	}
+	if err != nil || got.Verification == nil {
+		return Verification{}, err
+	}
+	return *got.Verification, nil
+}
+
 // order is a request in the state, and later its answer.
 type order struct {
 	Action   action              `json:"action"`
@@ -95,12 +108,15 @@ const (
 	actionReplay  action = "replay"
 	actionSkip    action = "skip"
 	actionRebuild action = "rebuild"
+	actionVerify  action = "verify"
 )
 
 type answer struct {
 	Count   int    `json:"count,omitempty"`
 	Error   string `json:"error,omitempty"`
 	Missing bool   `json:"missing,omitempty"` // the error is ErrNoDeadLetter
+
+	Verification *Verification `json:"verification,omitempty"`
 }
 
 func (a *answer) err() error {
@@ -281,23 +297,11 @@ func (r *runner) orders(ctx context.Context, lease Lease) error {
 // begins again with what was begun and not answered.
 func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) error {
 	name := r.projection.Name()
-	change := func(alter func(o *order)) (there bool, err error) {
-		err = r.engine.state.Update(ctx, func(tx StateTx) error {
-			if err := tx.Fence(lease); err != nil {
-				return err
-			}
-			var now order
-			if now, there, err = getJSON[order](tx, orderTable(name), key); err != nil || !there {
-				return err
-			}
-			if alter(&now); now.Answer != nil && now.Unread {
-				return tx.Delete(orderTable(name), key)
-			}
-			return putJSON(tx, orderTable(name), key, now)
-		})
-		return there, err
+	if o.Action == actionVerify {
+		r.verifyAside(ctx, lease, key, o)
+		return nil
 	}
-	if there, err := change(func(o *order) { o.Begun = true }); err != nil || !there {
+	if there, err := r.changeOrder(ctx, lease, key, func(o *order) { o.Begun = true }); err != nil || !there {
 		return err
 	}
 	var done answer
@@ -325,11 +329,55 @@ func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) err
 	if err != nil {
 		done.Error, done.Missing = fmt.Sprintf("projection %q: %v", name, err), errors.Is(err, ErrNoDeadLetter)
 	}
-	r.engine.options.Logger.Info("projection has answered a request", "projection", name, "request", string(o.Action), "by", o.By, "error", done.Error)
-	if _, err := change(func(o *order) { o.Answer = &done }); err != nil {
+	if err := r.answerOrder(ctx, lease, key, o, done); err != nil {
 		return err
 	}
 	return next
+}
+
+// changeOrder alters a request, if it is still there.
+func (r *runner) changeOrder(ctx context.Context, lease Lease, key string, alter func(o *order)) (there bool, err error) {
+	table := orderTable(r.projection.Name())
+	err = r.engine.state.Update(ctx, func(tx StateTx) error {
+		if err := tx.Fence(lease); err != nil {
+			return err
+		}
+		var now order
+		if now, there, err = getJSON[order](tx, table, key); err != nil || !there {
+			return err
+		}
+		if alter(&now); now.Answer != nil && now.Unread {
+			return tx.Delete(table, key)
+		}
+		return putJSON(tx, table, key, now)
+	})
+	return there, err
+}
+
+func (r *runner) answerOrder(ctx context.Context, lease Lease, key string, o order, done answer) error {
+	r.engine.options.Logger.Info("projection has answered a request", "projection", r.projection.Name(), "request", string(o.Action), "by", o.By, "error", done.Error)
+	_, err := r.changeOrder(ctx, lease, key, func(o *order) { o.Answer = &done })
+	return err
+}
+
+// verifyAside verifies while the projection goes on, one request at a time. If
+// it cannot be answered, the next look at the requests begins it again.
+func (r *runner) verifyAside(ctx context.Context, lease Lease, key string, o order) {
+	if !r.verifying.CompareAndSwap(false, true) {
+		return
+	}
+	r.asides.Go(func() {
+		defer r.verifying.Store(false)
+		v, err := r.engine.Verify(ctx, r.projection.Name())
+		done := answer{Verification: &v}
+		if err != nil {
+			if ctx.Err() != nil || errors.Is(err, ErrUnavailable) {
+				return
+			}
+			done = answer{Error: err.Error()}
+		}
+		_ = r.answerOrder(ctx, lease, key, o, done)
+	})
 }
 
 // elsewhere asks the process that runs the projection, when that is another one

@@ -191,12 +191,25 @@ func (r *runner) replayOne(ctx context.Context, lease Lease, d DeadLetter) error
 		return fmt.Errorf("%w: no event of stream %q at position %d, where a dead letter was", ErrWrongLog, d.Stream, d.Position)
 	}
 	r.folder.decode(&items[0])
+	var applied tally
 	_, err := r.folder.apply(ctx, lease, items, func(tx StateTx, _ int) error {
 		if err := tx.Fence(lease); err != nil {
 			return err
 		}
+		// Not the one remembered: the projection may not run here.
+		was, there, err := getJSON[tally](tx, tallies, r.projection.Name())
+		if err != nil {
+			return err
+		}
+		r.tells, applied = there, was.count(items)
+		if err := r.putTally(tx, applied); err != nil {
+			return err
+		}
 		return tx.Delete(r.deadTable(), deadKey(d.Position))
 	})
+	if err == nil {
+		r.tally = applied
+	}
 	return err
 }
 

@@ -34,7 +34,9 @@
 //
 // [Engine.WaitFor] waits until a read model contains a position, which is how
 // queries read their own writes. [Engine.Status] tells position, lag and the
-// last error. [Engine.Rebuild] folds again from the beginning.
+// last error. [Engine.Rebuild] folds again from the beginning; [Engine.Verify]
+// does so on the side and compares, and finds events that were applied twice or
+// never even where rows do not show it.
 //
 // # When a handler fails
 //

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -23,6 +25,9 @@ type runner struct {
 	// owning holds a token while nobody runs the projection or works on it offline.
 	owning   chan struct{}
 	requests chan request
+	// asides is what is done beside the projection for others, until Run returns.
+	asides    sync.WaitGroup
+	verifying atomic.Bool
 
 	// What follows belongs to whoever has the token.
 	owner  string
@@ -33,6 +38,8 @@ type runner struct {
 	folder folder
 	parked map[eventstore.Stream]struct{}
 	stored Checkpoint // as last written
+	tally  tally      // of what is applied, as last written
+	tells  bool       // there is a tally: the projection was begun with one
 	failed int        // failures in a row
 	marked bool       // items may be marked as parked
 	live   bool       // the head of the log has been reached
@@ -97,6 +104,9 @@ func (r *runner) Run(ctx context.Context) (err error) {
 		return fmt.Errorf("projection %q runs already", r.projection.Name())
 	}
 	defer func() { r.owning <- struct{}{} }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer r.asides.Wait()
+	defer cancel()
 	r.progress.change(func() {
 		r.progress.ended, r.progress.failure, r.progress.phase = false, nil, PhaseCatchingUp
 	})
@@ -459,9 +469,14 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 			return fmt.Errorf("%w: %w", errSetup, err)
 		}
 		if !r.stored.IsZero() {
-			return nil
+			r.tally, r.tells, err = getJSON[tally](tx, tallies, r.projection.Name())
+			return err
 		}
 		if err := tx.SetCheckpoint(lease, r.stored, Checkpoint{Log: id}); err != nil {
+			return err
+		}
+		r.tally, r.tells = tally{}, true
+		if err := r.putTally(tx, r.tally); err != nil {
 			return err
 		}
 		// Rows without a checkpoint are not a fold of anything.
@@ -662,6 +677,7 @@ func (r *runner) park(items []item) {
 // goes to through with the last of all items, and else to the last item done.
 func (r *runner) commit(ctx context.Context, lease Lease, items []item, through eventstore.Position, last bool) (int, error) {
 	var next Checkpoint
+	var applied tally
 	ctx, end := r.span(ctx, len(items))
 	n, err := r.folder.apply(ctx, lease, items, func(tx StateTx, n int) error {
 		next = Checkpoint{Log: r.stored.Log, Epoch: lease.Epoch, Position: items[n-1].event.Position}
@@ -679,15 +695,24 @@ func (r *runner) commit(ctx context.Context, lease Lease, items []item, through 
 				return err
 			}
 		}
-		return nil
+		applied = r.tally.count(items[:n])
+		return r.putTally(tx, applied)
 	})
 	end(err)
 	if err != nil {
 		return 0, err
 	}
+	r.tally = applied
 	r.engine.telemetry.events.Add(ctx, int64(n), r.attributes)
 	r.reach(next)
 	return n, nil
+}
+
+func (r *runner) putTally(tx StateTx, t tally) error {
+	if !r.tells {
+		return nil
+	}
+	return putJSON(tx, tallies, r.projection.Name(), t)
 }
 
 func (r *runner) reach(c Checkpoint) {
@@ -856,6 +881,9 @@ func (r *runner) ask(ctx context.Context, do func(ctx context.Context, lease Lea
 func (r *runner) clear(ctx context.Context, lease Lease) error {
 	return r.engine.state.Update(ctx, func(tx StateTx) error {
 		if err := tx.DeleteCheckpoint(lease); err != nil {
+			return err
+		}
+		if err := tx.Delete(tallies, r.projection.Name()); err != nil {
 			return err
 		}
 		for _, table := range []string{r.deadTable(), skippedTable(r.projection.Name())} {

@@ -52,6 +52,11 @@
 //	deed projections skip balances 4711 --note "the bank took it back" --store $DB
 //	deed projections rebuild balances --store $DB
 //
+// Whether a projection is what the log makes of it today, it finds out on the
+// side; the exit code is 1 when it is not:
+//
+//	deed projections verify balances --store $DB
+//
 // # Schemas
 //
 // Migrate applies what is missing, or prints the statements for people who apply

@@ -163,6 +163,7 @@ func TestHelp(t *testing.T) {
 		{"projections", "replay", "--help"},
 		{"projections", "skip", "--help"},
 		{"projections", "rebuild", "--help"},
+		{"projections", "verify", "--help"},
 	} {
 		o := command(t, args...)
 		require.Equal(t, exitOK, o.code, args)

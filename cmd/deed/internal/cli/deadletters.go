@@ -233,6 +233,36 @@ func (c *skipLetter) Run(ctx context.Context, e *Environment) error {
 	})
 }
 
+// verifyProjection is deed projections verify.
+type verifyProjection struct{ asking }
+
+// Help is shown by deed projections verify --help.
+func (c *verifyProjection) Help() string {
+	return `The log is folded again on the side, in memory, up to the projection's checkpoint; the projection goes on meanwhile. Told are events that were applied twice or never, and, for views, rows that are missing, too many or different. The exit code is 1 when something is wrong. A long log takes longer than the usual --wait. ` + askingHelp
+}
+
+// Validate refuses a question whose answer nobody waits for.
+func (c *verifyProjection) Validate() error {
+	if c.Later {
+		return errors.New("--later: nobody would hear of the result")
+	}
+	return c.asking.Validate()
+}
+
+// Run asks for it.
+func (c *verifyProjection) Run(ctx context.Context, e *Environment) error {
+	wrong := false
+	err := c.run(ctx, e, func(ctx context.Context, admin *projection.Admin) (map[string]any, string, error) {
+		v, err := admin.Verify(ctx, c.Name)
+		wrong = !v.Agrees()
+		return map[string]any{"agrees": !wrong, "verification": v}, v.String(), err
+	})
+	if err == nil && wrong {
+		err = errReported
+	}
+	return err
+}
+
 // rebuildProjection is deed projections rebuild.
 type rebuildProjection struct{ asking }
 

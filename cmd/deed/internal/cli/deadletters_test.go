@@ -94,6 +94,13 @@ POSITION  EVENT          TYPE       ATTEMPTS  SET ASIDE +ERROR
 	require.NoError(t, app.Settle(t.Context()))
 	require.Equal(t, "+", get(t, store, owners, "bob"), "it had another turn")
 	require.Equal(t, "projection owners has no skipped events\n", do(exitOK, "dead-letters", "owners", "--skipped").stderr)
+	require.Regexp(t, `^5 events up to position 5 made 3 rows, as they should\n$`, do(exitOK, "verify", "owners").stdout)
+	require.NoError(t, store.Update(t.Context(), func(tx projection.StateTx) error { return tx.Delete("view.owners", "bob") }))
+	require.Contains(t, do(exitFailure, "verify", "owners").stdout, `of 3 rows 1 are missing, 0 are too many, 0 differ; the first is "bob": it is not there and should be {"Owner":"+"}`)
+	found := object(t, do(exitFailure, "verify", "owners", "--json").stdout)
+	require.Equal(t, false, found["agrees"])
+	require.Equal(t, 1.0, found["verification"].(map[string]any)["missing"])
+	require.Contains(t, do(exitUsage, "verify", "owners", "--later").stderr, "--later")
 	require.NoError(t, app.Stop(t.Context()))
 
 	require.Contains(t, do(exitFailure, "replay", "owners", "--wait", "50ms").stderr, "no process that runs the projection \"owners\" has answered; the request was taken back (waited 50ms; see --wait and --later)")

@@ -21,6 +21,7 @@ type projectionsCommand struct {
 	DeadLetter  deadLetterCommand  `cmd:"" help:"Show one of them whole."`
 	Replay      replayLetters      `cmd:"" help:"Have a projection fold the events again that it has set aside."`
 	Skip        skipLetter         `cmd:"" help:"Have a projection give up one of them."`
+	Verify      verifyProjection   `cmd:"" help:"Have a projection compared with what the log makes of it today."`
 	Rebuild     rebuildProjection  `cmd:"" help:"Have a projection emptied and folded again from the beginning."`
 }
 
