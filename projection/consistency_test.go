@@ -30,6 +30,20 @@ func (h *hookedState) Update(ctx context.Context, fn func(projection.StateTx) er
 
 var errInjected = errors.New("injected failure")
 
+// verified has the view verified by an engine that knows nothing of its past.
+func verified(t testing.TB, store interface {
+	eventstore.Store
+	projection.State
+}, view projection.Projection,
+) {
+	t.Helper()
+	engine := projection.NewEngine(store, store, projection.Options{Logger: quiet})
+	require.NoError(t, engine.Add(view))
+	v, err := engine.Verify(context.Background(), view.Name())
+	require.NoError(t, err)
+	require.True(t, v.Agrees(), v.String())
+}
+
 // folded is what a view of balances must be: the plain fold of the log.
 func folded(t testing.TB, store eventstore.Store) map[string]balance {
 	t.Helper()
@@ -97,6 +111,7 @@ func TestInvariant6_CheckpointAndRowsCommitTogether(t *testing.T) {
 		}
 		r.caughtUp(t, store, "balances")
 		require.Equal(t, folded(t, store), rows(t, store, view))
+		verified(t, store, view)
 		require.Greater(t, updates, 8)
 		require.NoError(t, r.stop())
 	})
@@ -158,6 +173,7 @@ func TestInvariant6_FormerOwnerCannotCommit(t *testing.T) {
 		put(t, store, account("ann"), deposited{1})
 		heir.caughtUp(t, store, "balances")
 		require.Equal(t, folded(t, store), rows(t, store, view))
+		verified(t, store, view)
 
 		// It is not out for good, and begins with what the heir has left.
 		require.NoError(t, heir.stop())
@@ -165,6 +181,7 @@ func TestInvariant6_FormerOwnerCannotCommit(t *testing.T) {
 		former.caughtUp(t, store, "balances")
 		require.NotEqual(t, projection.PhaseStandby, former.status(t).Phase)
 		require.Equal(t, folded(t, store), rows(t, store, view))
+		verified(t, store, view)
 		require.NoError(t, former.stop())
 	})
 }
@@ -221,6 +238,7 @@ func TestInvariant4_EveryEventOnceInOrder(t *testing.T) {
 		writers.Wait()
 		r.caughtUp(t, store, "slow", "balances")
 		require.Equal(t, folded(t, store), rows(t, store, view))
+		verified(t, store, view)
 		got := rows(t, store, slow)["all"].Positions
 		require.Len(t, got, 800)
 		for i, p := range got {

@@ -350,6 +350,18 @@ func TestChaos_Projections(t *testing.T) {
 	require.Equal(t, want, sql, "the table of the SQL projection, and the fold of the log")
 	require.Equal(t, want, view, "the rows of the view, and the fold of the log")
 	require.Zero(t, dead, "events that were set aside")
+	// Each event once, also by the projections' own account.
+	a, b := projections(&freezer{}, &freezer{})
+	store := openURL(t, c.url)
+	engine := projection.NewEngine(store, store, projection.Options{Logger: slog.New(slog.DiscardHandler)})
+	for _, p := range []projection.Projection{a, b} {
+		require.NoError(t, engine.Add(p))
+		v, err := engine.Verify(t.Context(), p.Name())
+		require.NoError(t, err)
+		require.True(t, v.Agrees(), v.String())
+		require.EqualValues(t, events, v.Applied)
+		t.Logf("%s: %s", p.Name(), v)
+	}
 	require.EqualValues(t, head, events)
 	for i, e := range c.plain.seen {
 		require.EqualValues(t, i+1, e.position, "what plain SQL saw")
