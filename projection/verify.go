@@ -364,6 +364,7 @@ func (s *side) View(_ context.Context, fn func(StateTx) error) error   { return 
 func (s *side) Acquire(context.Context, string, string, time.Duration) (Lease, error) {
 	return Lease{}, errOnTheSide
 }
+
 func (s *side) Renew(context.Context, Lease, time.Duration) (Lease, error) {
 	return Lease{}, errOnTheSide
 }
