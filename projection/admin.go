@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -20,7 +21,9 @@ import (
 //
 // The methods that ask return when the request was answered. When ctx ends
 // before, the request is taken back, unless it is being worked on; the error is
-// ctx's and says so. All methods may be called concurrently.
+// ctx's and says so. Asking for the same again does no harm. On a state that is
+// not [Shared] requests are found only when the projection starts. All methods may
+// be called concurrently.
 type Admin struct {
 	state State
 	by    string
@@ -99,6 +102,7 @@ type order struct {
 	By       string              `json:"by,omitempty"`
 	Unread   bool                `json:"unread,omitempty"` // nobody waits for the answer
 	Begun    bool                `json:"begun,omitempty"`
+	Answered time.Time           `json:"answered,omitzero"`
 	Answer   *answer             `json:"answer,omitempty"`
 }
 
@@ -160,7 +164,7 @@ func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
 	}
 	key := id.String()
 	if err := a.state.Update(ctx, func(tx StateTx) error { return putJSON(tx, orderTable(name), key, o) }); err != nil {
-		return answer{}, err
+		return a.takeBack(context.WithoutCancel(ctx), name, key, err) // it may be there all the same
 	}
 	if a.leave {
 		return answer{}, nil
@@ -215,7 +219,7 @@ func (a *Admin) takeBack(ctx context.Context, name, key string, cause error) (an
 	case there && got.Begun:
 		return answer{}, fmt.Errorf("%w: the projection %q is working on the request", cause, name)
 	}
-	return answer{}, fmt.Errorf("%w: no process that runs the projection %q has answered; the request was taken back", cause, name)
+	return answer{}, fmt.Errorf("%w: no process that runs the projection %q has answered; the request was taken back, unless one had just begun it", cause, name)
 }
 
 func putJSON(tx StateTx, table, key string, value any) error {
@@ -274,18 +278,44 @@ func (r *runner) lookForOrders() (now <-chan time.Time, stop func()) {
 	return ticker.C, ticker.Stop
 }
 
-// orders does what others ask for.
-func (r *runner) orders(ctx context.Context, lease Lease) error {
-	var keys []string
+// answersLast is for how long the answer to a request is kept for somebody who
+// does not take it.
+const answersLast = time.Hour
+
+// orders does what others ask for, of the given actions or, without any, all.
+func (r *runner) orders(ctx context.Context, lease Lease, only ...action) error {
+	table := orderTable(r.projection.Name())
+	var keys, left []string
 	var all []order
 	err := r.engine.state.View(ctx, func(tx StateTx) error {
-		keys, all = keys[:0], all[:0]
-		return eachJSON(tx, orderTable(r.projection.Name()), func(key string, o order) {
-			if o.Answer == nil {
-				keys, all = append(keys, key), append(all, o)
+		keys, left, all = keys[:0], left[:0], all[:0]
+		for row, err := range tx.Scan(table, Range{}) {
+			if err != nil {
+				return err
 			}
-		})
+			var o order
+			switch err := json.Unmarshal(row.Value, &o); {
+			case err != nil:
+				r.engine.options.Logger.Error("a request to a projection cannot be read, and is removed", "projection", r.projection.Name(), "request", row.Key, "error", err)
+				left = append(left, row.Key)
+			case o.Answer == nil && (len(only) == 0 || slices.Contains(only, o.Action)):
+				keys, all = append(keys, row.Key), append(all, o)
+			case o.Answer != nil && time.Since(o.Answered) > answersLast:
+				left = append(left, row.Key)
+			}
+		}
+		return nil
 	})
+	if err == nil && len(left) > 0 {
+		err = r.engine.state.Update(ctx, func(tx StateTx) error {
+			for _, key := range left {
+				if err := tx.Delete(table, key); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
 	for i := 0; err == nil && i < len(all); i++ {
 		err = r.obey(ctx, lease, keys[i], all[i])
 	}
@@ -323,8 +353,8 @@ func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) err
 	}
 	next := r.serve(ctx, lease, q)
 	err := <-q.done
-	if ctx.Err() != nil || errors.Is(err, ErrFenced) || errors.Is(err, ErrUnavailable) {
-		return next // it is begun again
+	if ctx.Err() != nil || errors.Is(err, ErrFenced) {
+		return next // whoever has the projection then begins it again
 	}
 	if err != nil {
 		done.Error, done.Missing = fmt.Sprintf("projection %q: %v", name, err), errors.Is(err, ErrNoDeadLetter)
@@ -356,7 +386,7 @@ func (r *runner) changeOrder(ctx context.Context, lease Lease, key string, alter
 
 func (r *runner) answerOrder(ctx context.Context, lease Lease, key string, o order, done answer) error {
 	r.engine.options.Logger.Info("projection has answered a request", "projection", r.projection.Name(), "request", string(o.Action), "by", o.By, "error", done.Error)
-	_, err := r.changeOrder(ctx, lease, key, func(o *order) { o.Answer = &done })
+	_, err := r.changeOrder(ctx, lease, key, func(o *order) { o.Answer, o.Answered = &done, time.Now() })
 	return err
 }
 
@@ -371,7 +401,7 @@ func (r *runner) verifyAside(ctx context.Context, lease Lease, key string, o ord
 		v, err := r.engine.Verify(ctx, r.projection.Name())
 		done := answer{Verification: &v}
 		if err != nil {
-			if ctx.Err() != nil || errors.Is(err, ErrUnavailable) {
+			if ctx.Err() != nil {
 				return
 			}
 			done = answer{Error: err.Error()}
@@ -380,11 +410,25 @@ func (r *runner) verifyAside(ctx context.Context, lease Lease, key string, o ord
 	})
 }
 
-// elsewhere asks the process that runs the projection, when that is another one
-// and can be asked.
-func (r *runner) elsewhere(ctx context.Context, err error, o order) (answer, error) {
-	if !errors.Is(err, ErrLeaseHeld) || !Shared(r.engine.state) {
-		return answer{}, err
+// patience is how long an engine waits for the owner of a projection to begin
+// with a request, until it looks whether it can be the owner itself: who had the
+// lease may only have had it for a request of its own.
+const patience = 3 * time.Second
+
+// askOwner has the request done here, if this engine runs the projection or
+// nobody does, or by the process that does. It reports whether it was done here,
+// and by the goroutine that runs the projection.
+func (r *runner) askOwner(ctx context.Context, o order, do func(ctx context.Context, lease Lease) error, empties bool) (got answer, here, running bool, err error) {
+	for {
+		running, err = r.ask(ctx, do, empties)
+		if !errors.Is(err, ErrLeaseHeld) || !Shared(r.engine.state) {
+			return answer{}, true, running, err
+		}
+		once, cancel := context.WithTimeout(ctx, patience)
+		got, err = NewAdmin(r.engine.state, r.engine.options.Owner).ask(once, r.projection.Name(), o)
+		cancel()
+		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+			return got, false, running, err
+		}
 	}
-	return NewAdmin(r.engine.state, r.engine.options.Owner).ask(ctx, r.projection.Name(), o)
 }

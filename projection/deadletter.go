@@ -135,14 +135,12 @@ func (e *Engine) ReplayDeadLetters(ctx context.Context, name string) (replayed i
 	if err != nil {
 		return 0, err
 	}
-	_, err = r.ask(ctx, func(ctx context.Context, lease Lease) error {
+	got, here, _, err := r.askOwner(ctx, order{Action: actionReplay}, func(ctx context.Context, lease Lease) error {
 		var err error
 		replayed, err = r.replay(ctx, lease)
 		return err
 	}, false)
-	if errors.Is(err, ErrLeaseHeld) {
-		var got answer
-		got, err = r.elsewhere(ctx, err, order{Action: actionReplay})
+	if !here {
 		replayed = got.Count
 	}
 	if err != nil {
@@ -229,13 +227,9 @@ func (e *Engine) SkipDeadLetter(ctx context.Context, name string, p eventstore.P
 	if err := checkNote(note); err != nil {
 		return err
 	}
-	_, err = r.ask(ctx, func(ctx context.Context, lease Lease) error {
+	if _, _, _, err := r.askOwner(ctx, order{Action: actionSkip, Position: p, Note: note}, func(ctx context.Context, lease Lease) error {
 		return r.giveUp(ctx, lease, p, note, e.options.Owner)
-	}, false)
-	if errors.Is(err, ErrLeaseHeld) {
-		_, err = r.elsewhere(ctx, err, order{Action: actionSkip, Position: p, Note: note})
-	}
-	if err != nil {
+	}, false); err != nil {
 		return fmt.Errorf("skip a dead letter of projection %q: %w", name, err)
 	}
 	return nil
@@ -268,8 +262,10 @@ func (r *runner) giveUp(ctx context.Context, lease Lease, p eventstore.Position,
 		}
 		skipped := skippedTable(r.projection.Name())
 		if !there {
-			if _, again, err := tx.Get(skipped, deadKey(p)); err != nil || again {
+			if _, again, err := tx.Get(skipped, deadKey(p)); err != nil {
 				return err
+			} else if again {
+				return r.eachDeadLetter(tx, func(d DeadLetter) { parked[d.Stream] = struct{}{} })
 			}
 			return fmt.Errorf("%w: the projection has set no event at position %d aside", ErrNoDeadLetter, p)
 		}

@@ -348,14 +348,12 @@ func (e *Engine) Rebuild(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	running, err := r.ask(ctx, r.clear, true)
-	if errors.Is(err, ErrLeaseHeld) {
-		if _, err = r.elsewhere(ctx, err, order{Action: actionRebuild}); err == nil && running {
-			return r.awaitRebuilt(ctx, head)
-		}
-	}
+	_, here, running, err := r.askOwner(ctx, order{Action: actionRebuild}, r.clear, true)
 	if err != nil {
 		return fmt.Errorf("rebuild projection %q: %w", name, err)
+	}
+	if !here && running {
+		return r.awaitRebuilt(ctx, head)
 	}
 	if !running {
 		return nil
@@ -366,7 +364,7 @@ func (e *Engine) Rebuild(ctx context.Context, name string) error {
 // awaitRebuilt waits for the rows that another process has emptied. What was
 // known of them is forgotten, and what was seen before is seen again.
 func (r *runner) awaitRebuilt(ctx context.Context, head eventstore.Position) error {
-	r.progress.emptying()
+	r.progress.forgetSeen()
 	for {
 		if err := r.progress.wait(ctx, head, false); err != nil {
 			return err
@@ -378,6 +376,20 @@ func (r *runner) awaitRebuilt(ctx context.Context, head eventstore.Position) err
 		}); err != nil || contains {
 			return err
 		}
-		r.progress.emptying()
+		r.progress.forgetSeen()
+		if err := sleep(ctx, lookAtFirst); err != nil {
+			return err
+		}
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }

@@ -193,3 +193,13 @@ func (p *progress) endPause() {
 	p.retryAt, p.phase = time.Time{}, PhaseCatchingUp
 	poke(p.wake)
 }
+
+// forgetSeen drops what was seen of the owner, if another one is it: the rows are
+// not what they were.
+func (p *progress) forgetSeen() {
+	p.change(func() {
+		if p.phase == PhaseStandby {
+			p.through, p.stored, p.started = 0, 0, false
+		}
+	})
+}

@@ -335,7 +335,7 @@ func (r *runner) own(ctx context.Context, lease Lease) error {
 			return err
 		}
 		r.failed++
-		if err := r.pause(ctx, lease, err, r.failed); err != nil && !errors.Is(err, errRestart) {
+		if err := r.pause(ctx, lease, err, r.failed); err != nil && (errors.Is(err, errPaused) || errors.Is(err, ErrFenced) || final(err) || ctx.Err() != nil) {
 			return err
 		}
 	}
@@ -375,7 +375,18 @@ type arrival struct {
 // follow works from the stored checkpoint on, until ctx ends or an error.
 func (r *runner) follow(ctx context.Context, lease Lease) error {
 	if err := r.resume(ctx, lease); err != nil {
+		if errors.Is(err, ErrWrongLog) {
+			// It may have been asked to do what the error asks for.
+			if done := r.orders(ctx, lease, actionRebuild); errors.Is(done, errRestart) {
+				return done
+			}
+		}
 		return err
+	}
+	if Shared(r.engine.state) {
+		if err := r.orders(ctx, lease); err != nil {
+			return err
+		}
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	arrivals := make(chan arrival, 1)
@@ -500,10 +511,12 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 	if r.stored.Position == 0 {
 		r.folder.fresh()
 	}
-	// Before anybody hears that it has begun: whoever only waits for that may stop it
-	// at once.
-	if err := r.orders(ctx, lease); err != nil {
-		return err
+	// Where requests are found at the start only, before anybody hears of that:
+	// whoever waits for no more than that may stop it at once.
+	if !Shared(r.engine.state) {
+		if err := r.orders(ctx, lease); err != nil {
+			return err
+		}
 	}
 	r.progress.change(func() {
 		r.progress.started, r.progress.through, r.progress.stored, r.progress.phase = true, r.stored.Position, r.stored.Position, PhaseCatchingUp
@@ -817,6 +830,7 @@ func (r *runner) serve(ctx context.Context, lease Lease, q request) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(q.ctx, cancel)
+	r.folder.forget()
 	err := r.perform(ctx, lease, q)
 	stop()
 	cancel()
