@@ -28,6 +28,9 @@ type Admin struct {
 	state State
 	by    string
 	leave bool
+	// patience is how long to wait until somebody begins with a request; 0 is
+	// without end.
+	patience time.Duration
 }
 
 // NewAdmin returns an Admin for the state. by says in the records who asked, for
@@ -169,6 +172,7 @@ func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
 	if a.leave {
 		return answer{}, nil
 	}
+	asked, patience := time.Now(), a.patience
 	for wait := answerFirst; ; wait = min(2*wait, answerLast) {
 		timer := time.NewTimer(wait)
 		select {
@@ -186,15 +190,28 @@ func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
 		switch {
 		case err != nil && (ctx.Err() != nil || errors.Is(err, ErrUnavailable)):
 		case err != nil:
-			return answer{}, err
+			return a.takeBack(context.WithoutCancel(ctx), name, key, err)
 		case !there:
 			return answer{}, fmt.Errorf("%w: somebody has removed it", ErrRefused)
 		case now.Answer != nil:
 			_, _ = a.takeBack(ctx, name, key, nil)
 			return *now.Answer, now.Answer.err()
+		case now.Begun:
+			patience = 0
+		case patience > 0 && time.Since(asked) > patience:
+			got, err := a.takeBack(ctx, name, key, errNobody)
+			if !errors.Is(err, errWorking) {
+				return got, err
+			}
+			patience = 0
 		}
 	}
 }
+
+var (
+	errNobody  = errors.New("nobody has begun with the request")
+	errWorking = errors.New("it is working on the request")
+)
 
 // takeBack removes the request, unless somebody works on it.
 func (a *Admin) takeBack(ctx context.Context, name, key string, cause error) (answer, error) {
@@ -217,7 +234,7 @@ func (a *Admin) takeBack(ctx context.Context, name, key string, cause error) (an
 	case got.Answer != nil:
 		return *got.Answer, got.Answer.err()
 	case there && got.Begun:
-		return answer{}, fmt.Errorf("%w: the projection %q is working on the request", cause, name)
+		return answer{}, fmt.Errorf("%w: projection %q: %w", cause, name, errWorking)
 	}
 	return answer{}, fmt.Errorf("%w: no process that runs the projection %q has answered; the request was taken back, unless one had just begun it", cause, name)
 }
@@ -424,10 +441,8 @@ func (r *runner) askOwner(ctx context.Context, o order, do func(ctx context.Cont
 		if !errors.Is(err, ErrLeaseHeld) || !Shared(r.engine.state) {
 			return answer{}, true, running, err
 		}
-		once, cancel := context.WithTimeout(ctx, patience)
-		got, err = NewAdmin(r.engine.state, r.engine.options.Owner).ask(once, r.projection.Name(), o)
-		cancel()
-		if !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil {
+		owner := &Admin{state: r.engine.state, by: r.engine.options.Owner, patience: patience}
+		if got, err = owner.ask(ctx, r.projection.Name(), o); !errors.Is(err, errNobody) {
 			return got, false, running, err
 		}
 	}

@@ -565,3 +565,36 @@ func requestChaos(t *testing.T, seed uint64) {
 	require.NoError(t, err)
 	require.True(t, v.SameEvents, v.String()) // the order within "all" may differ
 }
+
+// Work that takes longer than one waits for somebody to begin with it is asked
+// for once.
+func TestRequest_TakesLong(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &shared{Store: memory.New()}
+		defer store.Close()
+		var ill atomic.Bool
+		ill.Store(true)
+		view := projection.View("balances", projection.On(func(b *balance, e deposited) {
+			if ill.Load() {
+				panic(projection.Permanent(errors.New("ill")))
+			}
+			time.Sleep(5 * time.Second)
+			b.Cents += e.Cents
+		}))
+		put(t, store, account("ann"), deposited{1}, deposited{2}, deposited{3})
+		owner := start(t, store, store, projection.Options{Owner: "one"}, view)
+		owner.caughtUp(t, store, "balances")
+		second := start(t, store, store, projection.Options{Owner: "two"}, view)
+		ready(t, second)
+		ill.Store(false)
+		n, err := second.ReplayDeadLetters(t.Context(), "balances")
+		require.NoError(t, err)
+		require.Equal(t, 3, n)
+		require.EqualValues(t, 6, rows(t, store, view)["ann"].Cents)
+		k, all := left(t, store)
+		require.Zero(t, k, "%v", all)
+		require.NoError(t, owner.stop())
+		require.NoError(t, second.stop())
+	})
+}
