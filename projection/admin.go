@@ -39,7 +39,8 @@ func NewAdmin(state State, by string) *Admin { return &Admin{state: state, by: b
 
 // WithoutWaiting returns an Admin that only writes requests down: they are found
 // when somebody runs the projection, and nobody is told how they went. It is for
-// states that one process at a time can use.
+// states that one process at a time can use, where the projection counts as
+// started ([Engine.WaitFor], an application's Start) when they are done.
 func (a *Admin) WithoutWaiting() *Admin { return &Admin{state: a.state, by: a.by, leave: true} }
 
 var (

@@ -238,7 +238,7 @@ type verifyProjection struct{ asking }
 
 // Help is shown by deed projections verify --help.
 func (c *verifyProjection) Help() string {
-	return `The log is folded again on the side, in memory, up to the projection's checkpoint; the projection goes on meanwhile. Told are events that were applied twice or never, and, for views, rows that are missing, too many or different. The exit code is 1 when something is wrong. A long log takes longer than the usual --wait. ` + askingHelp
+	return `The log is folded again on the side, in memory, up to the projection's checkpoint; the projection goes on meanwhile. Told are events that were applied twice or never, and, for views, rows that are missing, too many or different. The exit code is 1 when something is wrong. A long log takes longer than the usual --wait. A program whose store one process at a time can open verifies itself, with Engine.Verify. ` + askingHelp
 }
 
 // Validate refuses a question whose answer nobody waits for.
