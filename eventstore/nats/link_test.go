@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -77,7 +78,12 @@ func large(t *testing.T, s *Store, streams, events, bytes int) {
 // over a network, and one over a slow one.
 func TestLoad_OverALink(t *testing.T) {
 	t.Parallel()
-	for _, test := range []struct{ loads, events, bytes, perSecond int }{{32, 64, 48 << 10, 110 << 20}, {8, 24, 900 << 10, 110 << 20}, {1, 16, 1 << 20, 10 << 20}} {
+	type load struct{ loads, events, bytes, perSecond int }
+	tests := []load{{32, 64, 48 << 10, 110 << 20}, {8, 24, 900 << 10, 110 << 20}, {1, 16, 1 << 20, 10 << 20}}
+	if os.Getenv("DEED_TEST_LONG") == "" {
+		tests = []load{{40, 64, 48 << 10, 110 << 20}}
+	}
+	for _, test := range tests {
 		c := shared.get(t, 1)
 		writer, name := openLog(t, c)
 		large(t, writer, test.loads, test.events, test.bytes)
