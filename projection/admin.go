@@ -236,6 +236,8 @@ func (a *Admin) takeBack(ctx context.Context, name, key string, cause error) (an
 		return *got.Answer, got.Answer.err()
 	case there && got.Begun:
 		return answer{}, fmt.Errorf("%w: projection %q: %w", cause, name, errWorking)
+	case !there:
+		return answer{}, fmt.Errorf("ask whoever runs the projection %q: %w", name, cause)
 	}
 	return answer{}, fmt.Errorf("%w: no process that runs the projection %q has answered; the request was taken back, unless one had just begun it", cause, name)
 }

@@ -119,12 +119,11 @@ func (v Verification) String() string {
 		}
 		wrong = append(wrong, fmt.Sprintf("of %d rows %d are missing, %d are too many, %d differ; the first is %q: it is %s and should be %s", v.Rows, v.Missing, v.Extra, v.Changed, v.First.Key, stored, should))
 	}
-	rows := fmt.Sprintf("%d rows", v.Rows)
-	if !v.Compared {
-		rows = "its rows, which are not compared"
-	}
-	if len(wrong) == 0 {
-		return fmt.Sprintf("%d events up to position %d made %s, as they should", v.Events, v.Position, rows)
+	switch {
+	case len(wrong) == 0 && !v.Compared:
+		return fmt.Sprintf("%d events up to position %d were applied, each once; rows of SQL projections are not compared", v.Events, v.Position)
+	case len(wrong) == 0:
+		return fmt.Sprintf("%d events up to position %d made %d rows, as they should", v.Events, v.Position, v.Rows)
 	}
 	return fmt.Sprintf("at position %d %s", v.Position, strings.Join(wrong, "; "))
 }
@@ -324,7 +323,7 @@ func (v *verifier) compare(tx StateTx, table string, found *Verification) error 
 			found.First = &RowDifference{Key: key, Stored: bytes.Clone(stored), Should: bytes.Clone(folded)}
 		}
 	}
-	seen := 0
+	seen := make(map[string]struct{}, len(should)) // and should stays as it is: a view of the state may be begun again
 	for row, err := range tx.Scan(table, Range{}) {
 		if err != nil {
 			return err
@@ -339,14 +338,12 @@ func (v *verifier) compare(tx StateTx, table string, found *Verification) error 
 			different(row.Key, row.Value, folded)
 		}
 		if ok {
-			seen++
-			should[row.Key] = nil
+			seen[row.Key] = struct{}{}
 		}
 	}
-	found.Missing = len(should) - seen
-	if found.Missing > 0 {
+	if found.Missing = len(should) - len(seen); found.Missing > 0 {
 		for key, folded := range should {
-			if folded != nil {
+			if _, there := seen[key]; !there {
 				different(key, nil, folded)
 			}
 		}
