@@ -26,16 +26,17 @@ const module = "github.com/deed-go/deed"
 // Test files may import everything: only backends' and engines' users need to
 // be spared, and tests have none.
 var layers = map[string][]string{
-	"eventstore":      {},
-	"internal/...":    {"eventstore"},
-	"internal/clock":  {},
-	"internal/pgtest": {},
-	"projection":      {"eventstore", "internal/..."},
-	"aggregate":       {"eventstore", "internal/..."},
-	"command":         {"aggregate"},
-	"query":           {"projection"},
-	"saga":            {"command", "projection"},
-	".":               {"saga", "query"},
+	"eventstore":         {},
+	"internal/...":       {"eventstore"},
+	"internal/clock":     {},
+	"internal/ownership": {},
+	"internal/pgtest":    {},
+	"projection":         {"eventstore", "internal/..."},
+	"aggregate":          {"eventstore", "internal/..."},
+	"command":            {"aggregate"},
+	"query":              {"projection"},
+	"saga":               {"command", "projection"},
+	".":                  {"saga", "query"},
 
 	// Backends stand on the contract and the state interface; nothing but the
 	// programs, the test kits and tests imports one.
@@ -60,6 +61,10 @@ var layers = map[string][]string{
 	"projection/projectiontest": {"query", "eventstore/memory"},
 	"saga/sagatest":             {"saga", "query", "eventstore/memory"},
 
+	// The analyser reads code that uses deed, and knows it by name only.
+	"saga/sagavet": {},
+	"cmd/deedvet":  {"saga/sagavet"},
+
 	"cmd/...":      {".", "eventstore/memory", "eventstore/sqlite", "eventstore/postgres", "eventstore/nats", "eventstore/esdb"},
 	"examples/...": {".", "eventstore/memory", "eventstore/sqlite", "eventstore/postgres", "eventstore/nats", "eventstore/esdb"},
 }
@@ -81,6 +86,11 @@ var programOnly = []string{
 	"github.com/schollz/progressbar",
 	"github.com/mattn/go-isatty",
 }
+
+// analysisOnly are libraries to analyse code with, for those who do.
+var analysisOnly = []string{"golang.org/x/tools"}
+
+func isAnalyser(pkg string) bool { return pkg == "saga/sagavet" || pkg == "cmd/deedvet" }
 
 func isProgram(pkg string) bool {
 	return strings.HasPrefix(pkg, "cmd/") || strings.HasPrefix(pkg, "examples/")
@@ -114,6 +124,8 @@ func TestLayers_ArrowsPointDown(t *testing.T) {
 					t.Errorf("%s: package %q must not import %q outside of its tests: users would build it", name, pkg, imported)
 				case !ours && !isProgram(pkg) && isOf(programOnly, imported):
 					t.Errorf("%s: package %q must not import %q: it is for programs, and users would build it", name, pkg, imported)
+				case !ours && !isAnalyser(pkg) && isOf(analysisOnly, imported):
+					t.Errorf("%s: package %q must not import %q: it is for the analyser, and users would build it", name, pkg, imported)
 				}
 			}
 		}

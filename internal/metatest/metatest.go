@@ -1,4 +1,5 @@
-// Package metatest runs a test against something broken, to see that it fails.
+// Package metatest runs a test against something broken, to see that it fails, and
+// says how many tests run at once.
 // It imports nothing of deed, and only tests may import it.
 package metatest
 

@@ -29,3 +29,8 @@ type Worker interface {
 	// work counts as running for WaitThrough.
 	Fire(ctx context.Context, now time.Time) error
 }
+
+// Offerer is a worker that is run where it is this node's turn. Offer says,
+// before Run, that the node can do the work: who begins with all that it offers
+// is known to the others with all of it.
+type Offerer interface{ Offer() }

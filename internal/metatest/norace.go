@@ -1,0 +1,5 @@
+//go:build !race
+
+package metatest
+
+const race = false
