@@ -566,8 +566,10 @@ func (a *activation[S]) resolve(c eventstore.Commit, base eventstore.Revision, c
 				}
 			case errors.Is(err, eventstore.ErrKeyReused):
 				return eventstore.Receipt{}, err
-			case permanent(err):
-				return eventstore.Receipt{}, unknownOutcome(err) // of the first try
+			case !eventstore.CanRetry(err):
+				// It would be refused each time, as by an inline projection. That says nothing
+				// of the first try, which may still arrive.
+				return eventstore.Receipt{}, unknownOutcome(err)
 			}
 		}
 		timer := time.NewTimer(pause)

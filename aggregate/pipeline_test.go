@@ -488,3 +488,21 @@ func TestPipeline_DepthIsBounded(t *testing.T) {
 		require.Len(t, g.history(t), 7)
 	})
 }
+
+// A commit of unknown outcome that was not written is sent again, and refused, as by
+// an inline projection, for a reason that will not go away.
+func TestExecute_RefusedAfterUnknown(t *testing.T) {
+	t.Parallel()
+	gated(t, aggregate.Options{}, func(t *testing.T, g *gate, r *aggregate.Runtime) {
+		first := start(t, r, on("ann", deposit(1)))
+		g.next(t).fail(eventstore.ErrOutcomeUnknown)
+		refusal := errors.New("an inline projection cannot apply it")
+		g.next(t).fail(refusal)
+		first.fails(t, eventstore.ErrOutcomeUnknown)
+		require.ErrorIs(t, first.err, refusal)
+		second := start(t, r, on("ann", deposit(2)))
+		g.pass()
+		second.succeeds(t)
+		require.Len(t, g.history(t), 1)
+	})
+}
