@@ -54,19 +54,27 @@ var (
 // DeadLetters returns the events that the projection has set aside, in the
 // order of the log; none if there is no such projection.
 func (a *Admin) DeadLetters(ctx context.Context, name string) ([]DeadLetter, error) {
-	return read[DeadLetter](ctx, a.state, deadTable(name))
+	all, err := readUnits[DeadLetter](ctx, a.state, name, deadTable)
+	return inOrder(all, func(d DeadLetter) eventstore.Position { return d.Position }), err
 }
 
 // Skipped returns the events that were given up since the projection was built,
 // in the order of the log.
 func (a *Admin) Skipped(ctx context.Context, name string) ([]SkippedEvent, error) {
-	return read[SkippedEvent](ctx, a.state, skippedTable(name))
+	all, err := readUnits[SkippedEvent](ctx, a.state, name, skippedTable)
+	return inOrder(all, func(d SkippedEvent) eventstore.Position { return d.Position }), err
 }
 
 // Replay is [Engine.ReplayDeadLetters] by whoever runs the projection.
 func (a *Admin) Replay(ctx context.Context, name string) (replayed int, err error) {
-	got, err := a.ask(ctx, name, order{Action: actionReplay})
-	return got.Count, err
+	units, err := a.units(ctx, name)
+	var errs []error
+	for _, unit := range units {
+		got, err := a.ask(ctx, unit, order{Action: actionReplay})
+		replayed += got.Count
+		errs = append(errs, err)
+	}
+	return replayed, errors.Join(append(errs, err)...)
 }
 
 // Skip is [Engine.SkipDeadLetter] by whoever runs the projection.
@@ -74,28 +82,85 @@ func (a *Admin) Skip(ctx context.Context, name string, p eventstore.Position, no
 	if err := checkNote(note); err != nil {
 		return err
 	}
-	_, err := a.ask(ctx, name, order{Action: actionSkip, Position: p, Note: note})
-	return err
+	units, err := a.units(ctx, name)
+	if err != nil {
+		return err
+	}
+	return eachThatHas(units, func(unit string) error {
+		_, err := a.ask(ctx, unit, order{Action: actionSkip, Position: p, Note: note})
+		return err
+	})
 }
 
 // Rebuild makes whoever runs the projection empty it and fold the log again. It
 // returns when the rows are gone, not when they are back.
 func (a *Admin) Rebuild(ctx context.Context, name string) error {
-	_, err := a.ask(ctx, name, order{Action: actionRebuild})
-	return err
+	return a.askAll(ctx, name, order{Action: actionRebuild})
+}
+
+// Pause is [Engine.Pause] by whoever runs the projection.
+func (a *Admin) Pause(ctx context.Context, name string) error {
+	return a.askAll(ctx, name, order{Action: actionPause})
+}
+
+// Resume is [Engine.Resume] by whoever runs the projection.
+func (a *Admin) Resume(ctx context.Context, name string) error {
+	return a.askAll(ctx, name, order{Action: actionResume})
+}
+
+// askAll asks for it of every partition.
+func (a *Admin) askAll(ctx context.Context, name string, o order) error {
+	units, err := a.units(ctx, name)
+	errs := []error{err}
+	for _, unit := range units {
+		_, err := a.ask(ctx, unit, o)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // Verify is [Engine.Verify] by whoever runs the projection, which goes on
-// meanwhile.
-func (a *Admin) Verify(ctx context.Context, name string) (Verification, error) {
-	got, err := a.ask(ctx, name, order{Action: actionVerify})
-	if err == nil && got.Verification == nil && !a.leave {
-		err = fmt.Errorf("%w: it was answered without a result", ErrRefused)
-	}
-	if err != nil || got.Verification == nil {
+// meanwhile. When ctx ends it gives up as well, within about a second.
+func (a *Admin) Verify(ctx context.Context, name string, options ...VerifyOption) (Verification, error) {
+	units, err := a.units(ctx, name)
+	if err != nil {
 		return Verification{}, err
 	}
-	return *got.Verification, nil
+	wanted := verifyOptions(options)
+	var all Verification
+	for i, unit := range units {
+		got, err := a.askTelling(ctx, unit, order{Action: actionVerify}, func(p VerifyProgress) {
+			p.Part, p.Parts = i+1, len(units)
+			wanted.report(p)
+		})
+		switch {
+		case err != nil:
+			return Verification{}, err
+		case got.Verification == nil && a.leave:
+			continue
+		case got.Verification == nil:
+			return Verification{}, fmt.Errorf("%w: it was answered without a result", ErrRefused)
+		case i == 0:
+			all = *got.Verification
+		default:
+			all = all.and(*got.Verification)
+		}
+	}
+	all.Name = name
+	return all, nil
+}
+
+// units returns the names of the partitions of a projection. The name of one of
+// them, as a list shows it, is that one.
+func (a *Admin) units(ctx context.Context, name string) (units []string, err error) {
+	if err := validateUnit(name); err != nil {
+		return nil, err
+	}
+	err = a.state.View(ctx, func(tx StateTx) (err error) {
+		units, err = storedUnits(tx, name)
+		return err
+	})
+	return units, err
 }
 
 // order is a request in the state, and later its answer.
@@ -108,6 +173,8 @@ type order struct {
 	Begun    bool                `json:"begun,omitempty"`
 	Answered time.Time           `json:"answered,omitzero"`
 	Answer   *answer             `json:"answer,omitempty"`
+	// Progress is how far a verification has come.
+	Progress *VerifyProgress `json:"progress,omitempty"`
 }
 
 type action string
@@ -117,6 +184,8 @@ const (
 	actionSkip    action = "skip"
 	actionRebuild action = "rebuild"
 	actionVerify  action = "verify"
+	actionPause   action = "pause"
+	actionResume  action = "resume"
 )
 
 type answer struct {
@@ -158,9 +227,11 @@ const (
 
 // ask writes the request down and waits for the answer.
 func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
-	if err := validateName(name); err != nil {
-		return answer{}, err
-	}
+	return a.askTelling(ctx, name, o, func(VerifyProgress) {})
+}
+
+// askTelling is ask, and reports what is new until there is an answer.
+func (a *Admin) askTelling(ctx context.Context, name string, o order, report func(VerifyProgress)) (answer, error) {
 	o.By, o.Unread = a.by, a.leave
 	id, err := uuid.NewV7()
 	if err != nil {
@@ -173,14 +244,14 @@ func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
 	if a.leave {
 		return answer{}, nil
 	}
-	asked, patience := time.Now(), a.patience
+	asked, patience, told := time.Now(), a.patience, VerifyProgress{}
 	for wait := answerFirst; ; wait = min(2*wait, answerLast) {
 		timer := time.NewTimer(wait)
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return a.takeBack(context.WithoutCancel(ctx), name, key, ctx.Err())
+			return a.takeBack(context.WithoutCancel(ctx), name, key, context.Cause(ctx))
 		}
 		var now order
 		var there bool
@@ -188,6 +259,10 @@ func (a *Admin) ask(ctx context.Context, name string, o order) (answer, error) {
 			now, there, err = getJSON[order](tx, orderTable(name), key)
 			return err
 		})
+		if err == nil && now.Answer == nil && now.Progress != nil && *now.Progress != told {
+			told = *now.Progress
+			report(told)
+		}
 		switch {
 		case err != nil && (ctx.Err() != nil || errors.Is(err, ErrUnavailable)):
 		case err != nil:
@@ -255,10 +330,17 @@ func getJSON[T any](tx StateTx, table, key string) (value T, ok bool, err error)
 	if err != nil || !ok {
 		return value, false, err
 	}
-	if err := json.Unmarshal(data, &value); err != nil {
-		return value, false, fmt.Errorf("row %q of table %q: %w", key, table, err)
+	if err := unmarshalRow(table, key, data, &value); err != nil {
+		return value, false, err
 	}
 	return value, true, nil
+}
+
+func unmarshalRow(table, key string, data []byte, to any) error {
+	if err := json.Unmarshal(data, to); err != nil {
+		return fmt.Errorf("row %q of table %q: %w", key, table, err)
+	}
+	return nil
 }
 
 // eachJSON gives the rows of the table to do, in the order of their keys.
@@ -285,6 +367,22 @@ func read[T any](ctx context.Context, s State, table string) ([]T, error) {
 	return all, err
 }
 
+// readUnits reads the tables of all partitions on one snapshot.
+func readUnits[T any](ctx context.Context, s State, name string, table func(unit string) string) ([]T, error) {
+	var all []T
+	err := s.View(ctx, func(tx StateTx) error {
+		all = all[:0]
+		units, err := storedUnits(tx, name)
+		for _, unit := range units {
+			if err == nil {
+				err = eachJSON(tx, table(unit), func(_ string, one T) { all = append(all, one) })
+			}
+		}
+		return err
+	})
+	return all, err
+}
+
 // ordersEvery is how often the owner of a projection looks for requests, where
 // other processes can make them while it runs.
 const ordersEvery = time.Second
@@ -304,7 +402,7 @@ const answersLast = time.Hour
 
 // orders does what others ask for, of the given actions or, without any, all.
 func (r *runner) orders(ctx context.Context, lease Lease, only ...action) error {
-	table := orderTable(r.projection.Name())
+	table := orderTable(r.unit)
 	var keys, left []string
 	var all []order
 	err := r.engine.state.View(ctx, func(tx StateTx) error {
@@ -316,7 +414,7 @@ func (r *runner) orders(ctx context.Context, lease Lease, only ...action) error 
 			var o order
 			switch err := json.Unmarshal(row.Value, &o); {
 			case err != nil:
-				r.engine.options.Logger.Error("a request to a projection cannot be read, and is removed", "projection", r.projection.Name(), "request", row.Key, "error", err)
+				r.engine.options.Logger.Error("a request to a projection cannot be read, and is removed", "projection", r.unit, "request", row.Key, "error", err)
 				left = append(left, row.Key)
 			case o.Answer == nil && (len(only) == 0 || slices.Contains(only, o.Action)):
 				keys, all = append(keys, row.Key), append(all, o)
@@ -342,11 +440,27 @@ func (r *runner) orders(ctx context.Context, lease Lease, only ...action) error 
 	return err
 }
 
+// ordered reports whether anything is asked for that the owner itself must do.
+func (r *runner) ordered(ctx context.Context) (waiting bool, err error) {
+	err = r.engine.state.View(ctx, func(tx StateTx) error {
+		waiting = false
+		for row, err := range tx.Scan(orderTable(r.unit), Range{}) {
+			if err != nil {
+				return err
+			}
+			var o order
+			waiting = waiting || json.Unmarshal(row.Value, &o) != nil || o.Answer == nil && o.Action != actionVerify
+		}
+		return nil
+	})
+	return waiting, err
+}
+
 // obey works on a request and answers it. It is written down first that it was
 // begun: whoever has asked knows then that it may have been done. The next owner
 // begins again with what was begun and not answered.
 func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) error {
-	name := r.projection.Name()
+	name := r.unit
 	if o.Action == actionVerify {
 		r.verifyAside(ctx, lease, key, o)
 		return nil
@@ -366,6 +480,8 @@ func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) err
 		q.do = func(ctx context.Context, lease Lease) error { return r.giveUp(ctx, lease, o.Position, o.Note, o.By) }
 	case actionRebuild:
 		q.do, q.empties = r.clear, true
+	case actionPause, actionResume:
+		q.do, q.restarts = r.pausing(o.Action == actionPause, o.By), true
 	default:
 		q.do = func(context.Context, Lease) error {
 			return fmt.Errorf("%w: the request %q is not known to the process that runs the projection", eventstore.ErrInvalid, o.Action)
@@ -387,7 +503,7 @@ func (r *runner) obey(ctx context.Context, lease Lease, key string, o order) err
 
 // changeOrder alters a request, if it is still there.
 func (r *runner) changeOrder(ctx context.Context, lease Lease, key string, alter func(o *order)) (there bool, err error) {
-	table := orderTable(r.projection.Name())
+	table := orderTable(r.unit)
 	err = r.engine.state.Update(ctx, func(tx StateTx) error {
 		if err := tx.Fence(lease); err != nil {
 			return err
@@ -405,7 +521,7 @@ func (r *runner) changeOrder(ctx context.Context, lease Lease, key string, alter
 }
 
 func (r *runner) answerOrder(ctx context.Context, lease Lease, key string, o order, done answer) error {
-	r.engine.options.Logger.Info("projection has answered a request", "projection", r.projection.Name(), "request", string(o.Action), "by", o.By, "error", done.Error)
+	r.engine.options.Logger.Info("projection has answered a request", "projection", r.unit, "request", string(o.Action), "by", o.By, "error", done.Error)
 	_, err := r.changeOrder(ctx, lease, key, func(o *order) { o.Answer, o.Answered = &done, time.Now() })
 	return err
 }
@@ -418,11 +534,11 @@ func (r *runner) verifyAside(ctx context.Context, lease Lease, key string, o ord
 	}
 	r.asides.Go(func() {
 		defer r.verifying.Store(false)
-		v, err := r.engine.Verify(ctx, r.projection.Name())
+		v, err := r.verifyTelling(ctx, lease, key)
 		done := answer{Verification: &v}
 		if err != nil {
-			if ctx.Err() != nil {
-				return
+			if ctx.Err() != nil || errors.Is(err, context.Canceled) {
+				return // or nobody waits for it
 			}
 			done = answer{Error: err.Error()}
 		}
@@ -440,12 +556,12 @@ const patience = 3 * time.Second
 // and by the goroutine that runs the projection.
 func (r *runner) askOwner(ctx context.Context, o order, do func(ctx context.Context, lease Lease) error, empties bool) (got answer, here, running bool, err error) {
 	for {
-		running, err = r.ask(ctx, do, empties)
+		running, err = r.ask(ctx, request{do: do, empties: empties, restarts: o.Action == actionPause || o.Action == actionResume})
 		if !errors.Is(err, ErrLeaseHeld) || !Shared(r.engine.state) {
 			return answer{}, true, running, err
 		}
 		owner := &Admin{state: r.engine.state, by: r.engine.options.Owner, patience: patience}
-		if got, err = owner.ask(ctx, r.projection.Name(), o); !errors.Is(err, errNobody) {
+		if got, err = owner.ask(ctx, r.unit, o); !errors.Is(err, errNobody) {
 			return got, false, running, err
 		}
 	}

@@ -22,6 +22,22 @@ func totals() *projection.ViewDefinition[total] {
 	}))
 }
 
+// ranking is totals with an index whose keys change with every event, and kinds
+// with one whose keys never do.
+func ranking() *projection.ViewDefinition[total] {
+	return projection.View("ranking", projection.On(func(t *total, e deposited) {
+		t.Count++
+		t.Cents += e.Cents
+	})).Indexed(projection.Index("cents", func(t total) int64 { return t.Cents }))
+}
+
+func kinds() *projection.ViewDefinition[total] {
+	return projection.View("kinds", projection.On(func(t *total, e deposited) {
+		t.Count++
+		t.Cents += e.Cents
+	})).Indexed(projection.Index("kind", func(t total) bool { return t.Count > 0 }))
+}
+
 func months() *projection.ViewDefinition[total] {
 	return projection.View("months", projection.OnKeyed(
 		func(_ deposited, r eventstore.Recorded) []string { return []string{r.Time.Format("2006-01")} },
@@ -67,14 +83,14 @@ func fill(b testing.TB, store eventstore.Store, events, streams int) {
 }
 
 // BenchmarkCatchUp is a view folding a log of 100,000 events in 20,000 streams
-// (months: into one row) from its beginning.
+// (months: into one row) from its beginning; ranking and kinds have an index.
 func BenchmarkCatchUp(b *testing.B) {
 	const events, streams = 100_000, 20_000
 	benchBackends(b, func(b *testing.B, open func() backend) {
 		store := open()
 		defer store.Close()
 		fill(b, store, events, streams)
-		for _, p := range []projection.Projection{totals(), months(), table()} {
+		for _, p := range []projection.Projection{totals(), ranking(), kinds(), months(), table()} {
 			if _, ok := p.(*projection.SQLDefinition); ok {
 				if _, ok := store.(*memory.Store); ok {
 					continue

@@ -13,13 +13,17 @@ import (
 )
 
 // DeadLetter is an event that a projection has set aside: one that it failed
-// on, or a later one of the same stream, which must not overtake it.
+// on, or a later one of the same keys, which must not overtake it.
 type DeadLetter struct {
 	Position eventstore.Position `json:"position"`
 	Stream   eventstore.Stream   `json:"stream"`
 	Version  uint64              `json:"version"`
 	Type     string              `json:"type"`
 	EventID  uuid.UUID           `json:"event"`
+	// Keys are what it holds back: later events that have one of them, of whatever
+	// stream, are set aside as well. They are those of the rows of a view that it
+	// touches, or what ParkedBy said. Without any it holds back its stream.
+	Keys []string `json:"keys,omitempty"`
 	// Error is why; empty for events that only follow a failed one.
 	Error string `json:"error,omitempty"`
 	// Attempts is how often it was tried.
@@ -65,9 +69,10 @@ func hopeless(err error) bool {
 
 func deadKey(p eventstore.Position) string { return fmt.Sprintf("%020d", uint64(p)) }
 
-func (r *runner) putDeadLetter(tx StateTx, e *eventstore.Recorded, cause error, attempts int) error {
+func (r *runner) putDeadLetter(tx StateTx, it *item, cause error, attempts int) error {
+	e := it.event
 	d := DeadLetter{
-		Position: e.Position, Stream: e.Stream, Version: e.Version, Type: e.Type, EventID: e.ID,
+		Position: e.Position, Stream: e.Stream, Version: e.Version, Type: e.Type, EventID: e.ID, Keys: r.folder.holds(it),
 		Attempts: attempts, At: r.engine.options.Clock.Now(),
 	}
 	if cause != nil {
@@ -83,21 +88,21 @@ func (r *runner) eachDeadLetter(tx StateTx, do func(DeadLetter)) error {
 	return eachJSON(tx, r.deadTable(), func(_ string, d DeadLetter) { do(d) })
 }
 
-// setAside passes the event by, into the dead letters, and its stream with it.
+// setAside passes the event by, into the dead letters, and its keys with it.
 func (r *runner) setAside(ctx context.Context, lease Lease, it *item, cause error, attempts int) error {
 	next := Checkpoint{Log: r.stored.Log, Epoch: lease.Epoch, Position: it.event.Position}
 	err := r.engine.state.Update(ctx, func(tx StateTx) error {
 		if err := tx.SetCheckpoint(lease, r.stored, next); err != nil {
 			return err
 		}
-		return r.putDeadLetter(tx, it.event, cause, attempts)
+		return r.putDeadLetter(tx, it, cause, attempts)
 	})
 	if err != nil {
 		return err
 	}
-	r.parked[it.event.Stream] = struct{}{}
+	r.parked.add(it.event.Stream, r.folder.holds(it))
 	r.engine.telemetry.deadLetters.Add(ctx, 1, r.attributes)
-	r.engine.options.Logger.Error("projection set an event aside", "projection", r.projection.Name(),
+	r.engine.options.Logger.Error("projection set an event aside", "projection", r.unit,
 		"position", it.event.Position, "stream", it.event.Stream.String(), "type", it.event.Type, "error", cause)
 	r.progress.change(func() {
 		r.progress.lastErr, r.progress.errAt = cause, r.engine.options.Clock.Now()
@@ -109,11 +114,17 @@ func (r *runner) setAside(ctx context.Context, lease Lease, it *item, cause erro
 // DeadLetters returns the events that the projection has set aside, in the
 // order of the log.
 func (e *Engine) DeadLetters(ctx context.Context, name string) ([]DeadLetter, error) {
-	r, err := e.runner(name)
+	en, err := e.entry(name)
 	if err != nil {
 		return nil, err
 	}
-	return r.deadLetters(ctx)
+	var all []DeadLetter
+	err = en.each(func(r *runner) error {
+		some, err := r.deadLetters(ctx)
+		all = append(all, some...)
+		return err
+	})
+	return inOrder(all, func(d DeadLetter) eventstore.Position { return d.Position }), err
 }
 
 func (r *runner) deadLetters(ctx context.Context) ([]DeadLetter, error) {
@@ -122,27 +133,34 @@ func (r *runner) deadLetters(ctx context.Context) ([]DeadLetter, error) {
 
 // ReplayDeadLetters folds the events that the projection has set aside, in the
 // order of the log, and returns how many succeeded. Where one fails again, it
-// and the later ones of its stream stay, and the error says so. A stream with
-// none left takes part again.
+// and the later ones of its keys stay, and the error says so. Keys with
+// none left take part again.
 //
-// Within a stream no event overtakes another. Rows that several streams share
-// get the replayed events after those that have been folded meanwhile.
+// No event overtakes another one that has a key in common with it: see
+// [ViewDefinition.ParkedBy] and [SQLDefinition.ParkedBy] for what the keys are.
+// Everything else that several streams share, such as the tables of an SQL
+// projection, gets the replayed events after those that have been folded meanwhile.
 //
 // When another process runs the projection, that one does it; where it cannot
 // be asked, because the state is not [Shared], the error wraps [ErrLeaseHeld].
 func (e *Engine) ReplayDeadLetters(ctx context.Context, name string) (replayed int, err error) {
-	r, err := e.runner(name)
+	en, err := e.entry(name)
 	if err != nil {
 		return 0, err
 	}
-	got, here, _, err := r.askOwner(ctx, order{Action: actionReplay}, func(ctx context.Context, lease Lease) error {
-		var err error
-		replayed, err = r.replay(ctx, lease)
+	err = en.each(func(r *runner) error {
+		n := 0
+		got, here, _, err := r.askOwner(ctx, order{Action: actionReplay}, func(ctx context.Context, lease Lease) error {
+			var err error
+			n, err = r.replay(ctx, lease)
+			return err
+		}, false)
+		if !here {
+			n = got.Count
+		}
+		replayed += n
 		return err
-	}, false)
-	if !here {
-		replayed = got.Count
-	}
+	})
 	if err != nil {
 		err = fmt.Errorf("replay dead letters of projection %q: %w", name, err)
 	}
@@ -154,19 +172,32 @@ func (r *runner) replay(ctx context.Context, lease Lease) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	replayed, parked := 0, map[eventstore.Stream]struct{}{}
+	replayed, parked := 0, parkedKeys{}
 	var problems []error
 	for _, d := range letters {
-		if _, ok := parked[d.Stream]; ok {
+		if parked.has(d.Stream, d.Keys) {
+			parked.add(d.Stream, d.Keys)
 			continue
 		}
-		err := r.replayOne(ctx, lease, d)
+		items, err := r.letter(ctx, d)
+		if err != nil {
+			return replayed, err
+		}
+		// What could not be decoded then, and can be now, may touch more than is stored.
+		keys := r.folder.holds(&items[0])
+		if parked.has(d.Stream, keys) {
+			parked.add(d.Stream, d.Keys)
+			parked.add(d.Stream, keys)
+			continue
+		}
+		err = r.replayOne(ctx, lease, d, items)
 		failure := (*handlerError)(nil)
 		switch {
 		case err == nil:
 			replayed++
 		case errors.As(err, &failure) && ctx.Err() == nil:
-			parked[d.Stream] = struct{}{}
+			parked.add(d.Stream, d.Keys)
+			parked.add(d.Stream, keys)
 			problems = append(problems, fmt.Errorf("event %q at position %d of stream %q failed again: %w", d.Type, d.Position, d.Stream, failure.cause))
 			r.folder.forget()
 		default:
@@ -177,25 +208,30 @@ func (r *runner) replay(ctx context.Context, lease Lease) (int, error) {
 	return replayed, errors.Join(problems...)
 }
 
-func (r *runner) replayOne(ctx context.Context, lease Lease, d DeadLetter) error {
+// letter reads the event of a dead letter, and decodes it.
+func (r *runner) letter(ctx context.Context, d DeadLetter) ([]item, error) {
 	items := make([]item, 0, 1)
 	for e, err := range r.engine.store.Read(ctx, eventstore.OneStream(d.Stream), eventstore.ReadOptions{After: d.Position - 1, Through: d.Position}) {
 		if err != nil {
-			return err
+			return nil, err
 		}
 		items = append(items, item{event: &e})
 	}
 	if len(items) != 1 {
-		return fmt.Errorf("%w: no event of stream %q at position %d, where a dead letter was", ErrWrongLog, d.Stream, d.Position)
+		return nil, fmt.Errorf("%w: no event of stream %q at position %d, where a dead letter was", ErrWrongLog, d.Stream, d.Position)
 	}
 	r.folder.decode(&items[0])
+	return items, nil
+}
+
+func (r *runner) replayOne(ctx context.Context, lease Lease, d DeadLetter, items []item) error {
 	var applied tally
 	_, err := r.folder.apply(ctx, lease, items, func(tx StateTx, _ int) error {
 		if err := tx.Fence(lease); err != nil {
 			return err
 		}
 		// Not the one remembered: the projection may not run here.
-		was, there, err := getJSON[tally](tx, tallies, r.projection.Name())
+		was, there, err := getJSON[tally](tx, tallies, r.unit)
 		if err != nil {
 			return err
 		}
@@ -214,25 +250,46 @@ func (r *runner) replayOne(ctx context.Context, lease Lease, d DeadLetter) error
 // SkipDeadLetter gives up one event that the projection has set aside, for
 // good: its rows are as if the event had not happened, until a rebuild gives it
 // another turn. The note, which must not be empty, says why, and is kept with it;
-// see [Engine.Skipped]. Later events of its stream stay set aside until
+// see [Engine.Skipped]. Later events of its keys stay set aside until
 // [Engine.ReplayDeadLetters] is called.
 //
 // Skipping an event again does nothing. One that is not set aside is
 // [ErrNoDeadLetter]. As for whose process does it, see ReplayDeadLetters.
 func (e *Engine) SkipDeadLetter(ctx context.Context, name string, p eventstore.Position, note string) error {
-	r, err := e.runner(name)
+	en, err := e.entry(name)
 	if err != nil {
 		return err
 	}
 	if err := checkNote(note); err != nil {
 		return err
 	}
-	if _, _, _, err := r.askOwner(ctx, order{Action: actionSkip, Position: p, Note: note}, func(ctx context.Context, lease Lease) error {
-		return r.giveUp(ctx, lease, p, note, e.options.Owner)
-	}, false); err != nil {
+	err = eachThatHas(en.runners, func(r *runner) error {
+		_, _, _, err := r.askOwner(ctx, order{Action: actionSkip, Position: p, Note: note}, func(ctx context.Context, lease Lease) error {
+			return r.giveUp(ctx, lease, p, note, e.options.Owner)
+		}, false)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("skip a dead letter of projection %q: %w", name, err)
 	}
 	return nil
+}
+
+// eachThatHas does it for all partitions. That there is no dead letter is an error
+// if none has it.
+func eachThatHas[P any](parts []P, do func(P) error) error {
+	var errs []error
+	none := 0
+	for _, p := range parts {
+		err := do(p)
+		if errors.Is(err, ErrNoDeadLetter) {
+			if none++; none < len(parts) {
+				continue
+			}
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
 }
 
 // maxNoteBytes bounds what is kept with a skipped event.
@@ -250,7 +307,7 @@ func checkNote(note string) error {
 
 // giveUp moves the event from the dead letters to those that were skipped.
 func (r *runner) giveUp(ctx context.Context, lease Lease, p eventstore.Position, note, by string) error {
-	parked := map[eventstore.Stream]struct{}{}
+	parked := parkedKeys{}
 	err := r.engine.state.Update(ctx, func(tx StateTx) error {
 		clear(parked)
 		if err := tx.Fence(lease); err != nil {
@@ -260,12 +317,12 @@ func (r *runner) giveUp(ctx context.Context, lease Lease, p eventstore.Position,
 		if err != nil {
 			return err
 		}
-		skipped := skippedTable(r.projection.Name())
+		skipped := skippedTable(r.unit)
 		if !there {
 			if _, again, err := tx.Get(skipped, deadKey(p)); err != nil {
 				return err
 			} else if again {
-				return r.eachDeadLetter(tx, func(d DeadLetter) { parked[d.Stream] = struct{}{} })
+				return r.eachDeadLetter(tx, func(d DeadLetter) { parked.add(d.Stream, d.Keys) })
 			}
 			return fmt.Errorf("%w: the projection has set no event at position %d aside", ErrNoDeadLetter, p)
 		}
@@ -275,21 +332,21 @@ func (r *runner) giveUp(ctx context.Context, lease Lease, p eventstore.Position,
 		if err := putJSON(tx, skipped, deadKey(p), SkippedEvent{DeadLetter: letter, Note: note, By: by, SkippedAt: r.engine.options.Clock.Now()}); err != nil {
 			return err
 		}
-		return r.eachDeadLetter(tx, func(d DeadLetter) { parked[d.Stream] = struct{}{} })
+		return r.eachDeadLetter(tx, func(d DeadLetter) { parked.add(d.Stream, d.Keys) })
 	})
 	if err != nil {
 		return err
 	}
 	r.parked = parked
-	r.engine.options.Logger.Warn("an event that the projection had set aside was given up", "projection", r.projection.Name(), "position", p, "note", note, "by", by)
+	r.engine.options.Logger.Warn("an event that the projection had set aside was given up", "projection", r.unit, "position", p, "note", note, "by", by)
 	return nil
 }
 
 // Skipped returns the events that were given up since the projection was built,
 // in the order of the log.
 func (e *Engine) Skipped(ctx context.Context, name string) ([]SkippedEvent, error) {
-	if _, err := e.runner(name); err != nil {
+	if _, err := e.entry(name); err != nil {
 		return nil, err
 	}
-	return read[SkippedEvent](ctx, e.state, skippedTable(name))
+	return NewAdmin(e.state, e.options.Owner).Skipped(ctx, name)
 }

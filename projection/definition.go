@@ -7,6 +7,7 @@ import (
 	"slices"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/logreader"
 )
 
 // Projection is a read model: a [ViewDefinition] or an [SQLDefinition].
@@ -16,10 +17,19 @@ type Projection interface {
 	// Err returns the mistakes made in the definition, joined; nil if there are none.
 	Err() error
 
-	// selection returns the query of what the projection handles.
-	selection(enc *eventstore.Encoding) eventstore.Query
-	// open returns what folds events, for one run of the projection.
-	open(state State, o *Options) folder
+	// origin is what it says about its versions.
+	origin() origin
+	// partitions is the number of parts that are run by themselves; 0 is one.
+	partitions() int
+	// inline says that appends apply it, and handles what must be the same in all
+	// processes that do.
+	inline() bool
+	handles() string
+	// selection returns the query of what the projection handles; all events that
+	// concern the partition are among them.
+	selection(enc *eventstore.Encoding, p partition) eventstore.Query
+	// open returns what folds events, for one run of the partition.
+	open(state State, o *Options, p partition) folder
 }
 
 // item is an event on its way through a folder.
@@ -30,10 +40,17 @@ type item struct {
 	keys  []string
 	// problem is why decode failed.
 	problem error
-	// used: a handler has been given the value, which is not as decoded any more.
+	// memo is what is shared of the event with other projections, until it was
+	// decoded; elsewhere: another one is about to, so decode is to be called again.
+	memo      *logreader.Memo
+	elsewhere bool
+	// used: a handler has been given the value, not a copy that has nothing in
+	// common with it, so that it may not be as decoded any more.
 	used bool
 	// parked: the event goes to the dead letters and must not be folded.
 	parked bool
+	// foreign: the event does not concern the partition.
+	foreign bool
 }
 
 // folder applies events to the rows of one projection. All but decode is
@@ -44,11 +61,23 @@ type folder interface {
 	decode(it *item)
 	// setup prepares the tables; it is called at every start.
 	setup(ctx context.Context, tx StateTx) error
+	// prepare does what takes several updates, after that of setup and before the
+	// first items come.
+	prepare(ctx context.Context, lease Lease) error
 	// apply folds the first n of the items, n > 0 unless items is empty, and
 	// commits them in one update, fenced by the lease before it reads or writes
 	// anything, together with what seal(tx, n) writes, which fences too. A
 	// *handlerError says that nothing was committed because of that item.
 	apply(ctx context.Context, lease Lease, items []item, seal func(tx StateTx, n int) error) (n int, err error)
+	// applyIn folds all items within the transaction, and leaves its fence and its
+	// checkpoint to the caller. After an error nothing is known of rows any more:
+	// forget must be called. It needs no state.
+	applyIn(ctx context.Context, tx StateTx, items []item) error
+	// reads says which rows applyIn would read for the items.
+	reads(items []item) (table string, keys []string)
+	// holds returns the keys that a decoded item holds back once it is set aside;
+	// none is its stream.
+	holds(it *item) []string
 	// forget drops whatever is remembered of rows.
 	forget()
 	// fresh says that the projection starts with no rows.
@@ -101,7 +130,10 @@ func validateName(name string) error {
 	return nil
 }
 
-func mistakes(name string, all []error) error {
+func mistakes(name string, all []error, more error) error {
+	if more != nil {
+		all = append(slices.Clip(all), more)
+	}
 	if len(all) == 0 {
 		return nil
 	}

@@ -17,6 +17,8 @@ import (
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/clock"
+	"github.com/deed-go/deed/internal/logreader"
+	"github.com/deed-go/deed/internal/ownership"
 	"github.com/deed-go/deed/internal/worker"
 )
 
@@ -43,9 +45,17 @@ type Options struct {
 	// its turn like any other.
 	Owner string
 
+	// Group says which of the projections, and of their partitions, this engine is to
+	// run, of those that several engines on one state could: work is spread over them,
+	// and moves when they come and go. Without one, whoever acquires a lease first
+	// keeps it.
+	Group *ownership.Group
+
 	// BatchEvents is how many events a view folds at most before it writes its
-	// rows; live, it writes as soon as there are no more. Defaults to 4096.
+	// rows, and BatchTime about how long its handlers may take; live, it writes as soon
+	// as there are no more. Default to 4096 and 250 ms.
 	BatchEvents int
+	BatchTime   time.Duration
 	// SQLEvents and SQLTime bound one transaction of an SQL projection, for which
 	// appends may have to wait: it ends with the event that reaches either. Default
 	// to 256 and 10 ms.
@@ -84,6 +94,7 @@ func (o Options) withDefaults() Options {
 	}
 	o.Owner = cmp.Or(o.Owner, uuid.NewString())
 	o.BatchEvents = positiveOr(o.BatchEvents, 4096)
+	o.BatchTime = positiveOr(o.BatchTime, 250*time.Millisecond)
 	o.SQLEvents = positiveOr(o.SQLEvents, 256)
 	o.SQLTime = positiveOr(o.SQLTime, 10*time.Millisecond)
 	o.CheckpointEvery = positiveOr(o.CheckpointEvery, 4096)
@@ -113,13 +124,15 @@ func positiveOr[T int | time.Duration](value, fallback T) T {
 // It starts nothing by itself: an application runs the [Engine.Workers].
 type Engine struct {
 	store     eventstore.Store
+	reader    *logreader.Reader
 	state     State
 	options   Options
 	telemetry *telemetry
 	noteAfter time.Duration
 
 	mu      sync.Mutex
-	runners []*runner
+	entries []*entry
+	inline  *inlines // nil: no projection is
 }
 
 // A checkpoint that lags behind what a projection has passed is written after a
@@ -131,7 +144,7 @@ const (
 
 // NewEngine returns an engine without projections.
 func NewEngine(store eventstore.Store, state State, o Options) *Engine {
-	e := &Engine{store: store, state: state, options: o.withDefaults(), noteAfter: noteAfter}
+	e := &Engine{store: store, reader: logreader.New(store, logreader.Options{}), state: state, options: o.withDefaults(), noteAfter: noteAfter}
 	if Shared(state) {
 		e.noteAfter = noteAfterShared
 	}
@@ -139,8 +152,9 @@ func NewEngine(store eventstore.Store, state State, o Options) *Engine {
 	return e
 }
 
-// Add registers a projection. It refuses definitions with mistakes and names
-// that are taken.
+// Add registers a projection. It refuses definitions with mistakes, names that
+// are taken, and, with an error wrapping errors.ErrUnsupported, inline projections
+// where the engine's store is no [Inliner] or keeps its rows elsewhere.
 func (e *Engine) Add(p Projection) error {
 	if err := p.Err(); err != nil {
 		return err
@@ -150,23 +164,32 @@ func (e *Engine) Add(p Projection) error {
 	if i := e.index(p.Name()); i >= 0 {
 		return fmt.Errorf("%w: two projections are named %q", eventstore.ErrInvalid, p.Name())
 	}
-	e.runners = append(e.runners, newRunner(e, p))
+	en := &entry{projection: p}
+	for _, part := range partitions(p.partitions()) {
+		en.runners = append(en.runners, newRunner(e, p, part))
+	}
+	if p.inline() {
+		if err := e.addInline(en.runners[0]); err != nil {
+			return err
+		}
+	}
+	e.entries = append(e.entries, en)
 	return nil
 }
 
 func (e *Engine) index(name string) int {
-	return slices.IndexFunc(e.runners, func(r *runner) bool { return r.projection.Name() == name })
+	return slices.IndexFunc(e.entries, func(en *entry) bool { return en.projection.Name() == name })
 }
 
-func (e *Engine) runner(name string) (*runner, error) {
+func (e *Engine) entry(name string) (*entry, error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if i := e.index(name); i >= 0 {
-		return e.runners[i], nil
+		return e.entries[i], nil
 	}
-	known := make([]string, len(e.runners))
-	for i, r := range e.runners {
-		known[i] = r.projection.Name()
+	known := make([]string, len(e.entries))
+	for i, en := range e.entries {
+		known[i] = en.projection.Name()
 	}
 	return nil, fmt.Errorf("%w: %q (registered are %q): give it to the application when it starts", ErrNotRegistered, name, known)
 }
@@ -174,25 +197,34 @@ func (e *Engine) runner(name string) (*runner, error) {
 // Check returns nil if p itself is registered, and otherwise an error that
 // says so.
 func (e *Engine) Check(p Projection) error {
-	r, err := e.runner(p.Name())
+	en, err := e.entry(p.Name())
 	if err != nil {
 		return err
 	}
-	if r.projection != p {
+	if en.projection != p {
 		return fmt.Errorf("%w: %q: another definition of that name is registered", ErrNotRegistered, p.Name())
 	}
 	return nil
 }
 
-// Workers returns a worker for each projection, in the order of Add.
+// Workers returns a worker for each projection, or for each of its partitions,
+// in the order of Add.
 func (e *Engine) Workers() []worker.Worker {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	workers := make([]worker.Worker, len(e.runners))
-	for i, r := range e.runners {
-		workers[i] = r
+	var workers []worker.Worker
+	for _, r := range e.runners() {
+		workers = append(workers, r)
 	}
 	return workers
+}
+
+func (e *Engine) runners() []*runner {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var all []*runner
+	for _, en := range e.entries {
+		all = append(all, en.runners...)
+	}
+	return all
 }
 
 // State returns where the rows are.
@@ -201,39 +233,51 @@ func (e *Engine) State() State { return e.state }
 // WaitFor returns when the projection's rows contain everything up to p, also
 // when it is another process that runs the projection. The error is ctx's when
 // that ends first, one wrapping [ErrStopped] when the projection has stopped, or
-// [ErrNotRegistered].
+// [ErrNotRegistered]. The rows of a later version are those that its definition
+// reads: while it is built, those of the version that is active.
 func (e *Engine) WaitFor(ctx context.Context, name string, p eventstore.Position) error {
-	r, err := e.runner(name)
+	en, err := e.entry(name)
 	if err != nil {
 		return err
 	}
-	return r.progress.wait(ctx, p, false)
+	if en.switched() {
+		return en.waitRead(ctx, e, p)
+	}
+	return en.wait(ctx, p)
 }
 
 // Contains reports whether the projection's rows, as the transaction sees them,
 // contain everything up to p. They may not although [Engine.WaitFor] has
-// returned: when the projection was rebuilt since.
+// returned: when the projection was rebuilt since, or another version of it is
+// read.
 func (e *Engine) Contains(tx StateTx, name string, p eventstore.Position) (bool, error) {
-	r, err := e.runner(name)
+	en, err := e.entry(name)
 	if err != nil {
 		return false, err
 	}
-	c, err := tx.Checkpoint(r.leaseName())
-	if err != nil {
-		return false, err
+	if en.switched() {
+		there, _, err := en.containsRead(tx, e, en.projection.origin(), p)
+		return there, err
 	}
-	return r.progress.contains(c.Position, p), nil
+	there, err := en.contains(tx, p)
+	if u := en.runners[0].inline; u != nil && there {
+		u.passed.CompareAndSwap(uint64(p), 0) // it need not be asked for again
+	}
+	return there, err
 }
 
 // Reached returns the position up to which the projection's rows are the fold
 // of the log, as far as this engine has brought them or, standing by, has last
 // seen them; 0 before it runs.
 func (e *Engine) Reached(name string) (eventstore.Position, error) {
-	r, err := e.runner(name)
+	en, err := e.entry(name)
 	if err != nil {
 		return 0, err
 	}
-	return r.progress.reached(), nil
+	if en.switched() {
+		return en.reachedRead(e), nil
+	}
+	return en.reached(), nil
 }
 
 // Phase says what a projection is doing.
@@ -249,13 +293,17 @@ const (
 	PhaseLive Phase = "live"
 	// PhaseRetrying: something failed and is tried again at [Status.RetryAt].
 	PhaseRetrying Phase = "retrying"
+	// PhasePaused: it was told to stand still, see [Engine.Pause].
+	PhasePaused Phase = "paused"
 	// PhaseStandby: another engine, perhaps in another process, has the lease and
 	// runs it; this one takes over when that stops.
 	PhaseStandby Phase = "standby"
 )
 
-// Status is how a projection is doing.
+// Status is how a projection, or one of its partitions, is doing.
 type Status struct {
+	// Name is the projection's; that of a partition has its number behind it, as in
+	// "orders/3of8".
 	Name  string
 	Phase Phase
 	// Position is how far the projection has come, Head how far the log has.
@@ -274,13 +322,21 @@ type Status struct {
 	RetryAt time.Time
 	// DeadLetters is the number of events set aside.
 	DeadLetters int
+	// Inline says that appends apply it: it is an inline projection, and has caught up.
+	Inline bool
+	// Version is the projection's, and Active says that it is the one that is read.
+	Version int
+	Active  bool
+	// Rate is how many positions a second it passes, smoothed, and Left how long it
+	// takes to the head at that rate, while it catches up here; 0 otherwise.
+	Rate float64
+	Left time.Duration
 }
 
-// Status returns how every projection is doing, in the order of Add.
+// Status returns how every projection, or each of its partitions, is doing, in
+// the order of Add.
 func (e *Engine) Status(ctx context.Context) ([]Status, error) {
-	e.mu.Lock()
-	runners := slices.Clone(e.runners)
-	e.mu.Unlock()
+	runners := e.runners()
 	head, err := e.store.Head(ctx)
 	if err != nil {
 		return nil, err
@@ -288,7 +344,7 @@ func (e *Engine) Status(ctx context.Context) ([]Status, error) {
 	all := make([]Status, len(runners))
 	for i, r := range runners {
 		if all[i], err = r.status(ctx, head); err != nil {
-			return nil, fmt.Errorf("status of projection %q: %w", r.projection.Name(), err)
+			return nil, fmt.Errorf("status of projection %q: %w", r.unit, err)
 		}
 	}
 	return all, nil
@@ -296,14 +352,21 @@ func (e *Engine) Status(ctx context.Context) ([]Status, error) {
 
 func (r *runner) status(ctx context.Context, head eventstore.Position) (Status, error) {
 	s, started := r.progress.status()
-	s.Name = r.projection.Name()
+	s.Name, s.Version, s.Rate = r.unit, r.projection.origin().version, r.progress.speed()
 	err := r.engine.state.View(ctx, func(tx StateTx) error {
-		if !started || s.Phase == PhaseStandby {
+		if !started || s.Phase == PhaseStandby || r.inline != nil {
 			c, err := tx.Checkpoint(r.leaseName())
 			if err != nil {
 				return err
 			}
 			s.Position = c.Position
+			mark, marked, err := getJSON[inlineMark](tx, tallies, inlineKey(r.unit))
+			if err != nil {
+				return err
+			}
+			// Who owns it knows; others go by what is stored.
+			known := s.Inline || s.Phase == PhaseStandby || s.Phase == PhaseStopped
+			s.Inline = known && marked && mark.Epoch == c.Epoch && c.Position >= head
 		}
 		for _, err := range tx.Scan(r.deadTable(), Range{}) {
 			if err != nil {
@@ -311,13 +374,16 @@ func (r *runner) status(ctx context.Context, head eventstore.Position) (Status, 
 			}
 			s.DeadLetters++
 		}
-		return nil
+		read, err := readStack(tx, r.projection.origin().base)
+		s.Active = read.top() == s.Version
+		return err
 	})
 	if err != nil {
 		return s, err
 	}
 	s.Head = max(head, s.Position)
 	s.LagEvents = uint64(s.Head - s.Position)
+	s.Left = timeLeft(s.LagEvents, s.Rate)
 	if s.LagEvents > 0 {
 		for oldest, err := range r.engine.store.Read(ctx, eventstore.All(), eventstore.ReadOptions{After: s.Position, Limit: 1}) {
 			if err != nil {
@@ -329,18 +395,42 @@ func (r *runner) status(ctx context.Context, head eventstore.Position) (Status, 
 	return s, nil
 }
 
+// WaitIdle returns when every projection has considered the whole log, and the
+// log has not grown meanwhile: for tests. It waits also for what is retried and for
+// those that are paused; end ctx to give up.
+func (e *Engine) WaitIdle(ctx context.Context) error {
+	for {
+		head, err := e.store.Head(ctx)
+		if err != nil {
+			return err
+		}
+		for _, r := range e.runners() {
+			if err := r.progress.wait(ctx, head, false); err != nil {
+				return err
+			}
+		}
+		now, err := e.store.Head(ctx)
+		if err != nil || now == head {
+			return err
+		}
+	}
+}
+
 // Rebuild empties the projection and folds the log again from its beginning.
 // It returns when the projection has come as far as the log was long when
 // Rebuild was called; if ctx ends before, the rebuild goes on. Until then,
-// queries see the rows made so far, and those that ask for a position wait.
+// queries see the rows made so far, and those that ask for a position wait. Another
+// [ViewDefinition.Version] is built without that.
 //
 // Dead letters and skipped events are dropped: they get their turn again.
 //
 // A projection that does not run is only emptied; it fills when it runs. One
 // that another process runs is rebuilt by that one; where it cannot be asked,
-// because the state is not [Shared], the error wraps [ErrLeaseHeld].
+// because the state is not [Shared], the error wraps [ErrLeaseHeld]. An SQL
+// projection in partitions can only be rebuilt by a process that runs all of them,
+// or while nobody does.
 func (e *Engine) Rebuild(ctx context.Context, name string) error {
-	r, err := e.runner(name)
+	en, err := e.entry(name)
 	if err != nil {
 		return err
 	}
@@ -348,17 +438,21 @@ func (e *Engine) Rebuild(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	_, here, running, err := r.askOwner(ctx, order{Action: actionRebuild}, r.clear, true)
-	if err != nil {
+	if err := en.rebuild(ctx, head); err != nil {
 		return fmt.Errorf("rebuild projection %q: %w", name, err)
 	}
-	if !here && running {
-		return r.awaitRebuilt(ctx, head)
+	return nil
+}
+
+func (r *runner) rebuild(ctx context.Context, head eventstore.Position) error {
+	_, here, running, err := r.askOwner(ctx, order{Action: actionRebuild}, r.clear, true)
+	switch {
+	case err != nil || !running:
+		return err
+	case here:
+		return r.progress.wait(ctx, head, false)
 	}
-	if !running {
-		return nil
-	}
-	return r.progress.wait(ctx, head, false)
+	return r.awaitRebuilt(ctx, head)
 }
 
 // awaitRebuilt waits for the rows that another process has emptied. What was
@@ -370,8 +464,9 @@ func (r *runner) awaitRebuilt(ctx context.Context, head eventstore.Position) err
 			return err
 		}
 		contains := false
-		if err := r.engine.state.View(ctx, func(tx StateTx) (err error) {
-			contains, err = r.engine.Contains(tx, r.projection.Name(), head)
+		if err := r.engine.state.View(ctx, func(tx StateTx) error {
+			c, err := tx.Checkpoint(r.leaseName())
+			contains = r.progress.contains(c.Position, head)
 			return err
 		}); err != nil || contains {
 			return err

@@ -23,6 +23,8 @@ type progress struct {
 	lastErr error
 	errAt   time.Time
 	retryAt time.Time // while retrying
+	inline  bool      // this runner owns it, and has left it to the appends
+	pace    pace
 	wake    chan struct{}
 	waiters []waiter
 	// wanted says that there is a new waiter, doubted that rows were seen which
@@ -60,7 +62,7 @@ func (p *progress) verdict(w *waiter) (error, bool) {
 		return fmt.Errorf("%w: %q: %w", ErrStopped, p.name, p.failure), true
 	case p.ended:
 		return fmt.Errorf("%w: %q", ErrStopped, p.name), true
-	case w.settle && !p.retryAt.IsZero():
+	case w.settle && (!p.retryAt.IsZero() || p.phase == PhasePaused):
 		return nil, true
 	}
 	return nil, false
@@ -99,6 +101,7 @@ func (p *progress) change(alter func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	alter()
+	p.pace.moved(time.Now(), p.through)
 	kept := p.waiters[:0]
 	for i := range p.waiters {
 		if err, ok := p.verdict(&p.waiters[i]); ok {
@@ -147,6 +150,16 @@ func (p *progress) observe(stored eventstore.Position) (news bool) {
 	return news
 }
 
+// applied notes that an append of this process has moved the projection, if that
+// can be so: whoever owns it and has taken it back from the appends knows better.
+func (p *progress) applied(at eventstore.Position) {
+	p.change(func() {
+		if (p.inline || p.phase == PhaseStandby) && p.started && at > p.through {
+			p.through, p.stored = at, at
+		}
+	})
+}
+
 // emptying says that the rows are about to be removed: nobody may rely on them
 // any more. What it returns takes that back.
 func (p *progress) emptying() (undo func()) {
@@ -170,7 +183,7 @@ func (p *progress) reached() eventstore.Position {
 func (p *progress) status() (s Status, started bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return Status{Phase: p.phase, Position: p.through, Err: p.lastErr, ErrAt: p.errAt, RetryAt: p.retryAt}, p.started
+	return Status{Phase: p.phase, Inline: p.inline, Position: p.through, Err: p.lastErr, ErrAt: p.errAt, RetryAt: p.retryAt}, p.started
 }
 
 func (p *progress) nextDue() (time.Time, bool) {
@@ -202,4 +215,59 @@ func (p *progress) forgetSeen() {
 			p.through, p.stored, p.started = 0, 0, false
 		}
 	})
+}
+
+// over reports whether the last run has ended.
+func (p *progress) over() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.ended
+}
+
+// owned returns how far the runner has come, if it is the one that runs the
+// projection and has begun.
+func (p *progress) owned() (through eventstore.Position, is bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.through, p.started && !p.ended && p.phase != PhaseStandby
+}
+
+// How often the rate is taken, and how much of the last measure is in it.
+const (
+	measureEvery  = 200 * time.Millisecond
+	measureWeight = 0.3
+)
+
+// pace is how fast positions are passed.
+type pace struct {
+	at       time.Time
+	from     eventstore.Position
+	rate     float64 // positions a second
+	measured bool
+}
+
+// moved notes a position. One that lies behind begins anew.
+func (s *pace) moved(now time.Time, p eventstore.Position) {
+	passed := now.Sub(s.at)
+	switch {
+	case s.at.IsZero() || p < s.from:
+		*s = pace{at: now, from: p}
+	case passed >= measureEvery:
+		rate := float64(p-s.from) / passed.Seconds()
+		if s.measured {
+			rate = measureWeight*rate + (1-measureWeight)*s.rate
+		}
+		*s = pace{at: now, from: p, rate: rate, measured: true}
+	}
+}
+
+// speed returns the rate at which the runner catches up; 0 when it does not.
+func (p *progress) speed() float64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.phase != PhaseCatchingUp {
+		return 0
+	}
+	p.pace.moved(time.Now(), p.through)
+	return p.pace.rate
 }

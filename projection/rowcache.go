@@ -20,10 +20,17 @@ type cachedRow[R any] struct {
 	changed bool
 	by      int    // index of the item that changed it last
 	encoded []byte // what to write; nil deletes
+	// entries are those that are stored, next those to be; noEntries is why they
+	// cannot be found.
+	entries, next []indexEntry
+	noEntries     error
 }
 
 // rowOverhead is what a remembered row costs beside its key and content.
 const rowOverhead = 128
+
+// entryOverhead is what a remembered entry of an index costs beside its key.
+const entryOverhead = 32
 
 func newRowCache[R any](most int) *rowCache[R] {
 	return &rowCache[R]{most: most, young: map[string]*cachedRow[R]{}, old: map[string]*cachedRow[R]{}}
@@ -53,6 +60,9 @@ func (c *rowCache[R]) add(key string) *cachedRow[R] {
 // resize notes how large the row's stored form is.
 func (c *rowCache[R]) resize(r *cachedRow[R], encoded int) {
 	size := len(r.key) + rowOverhead + encoded
+	for i := range r.entries {
+		size += len(r.entries[i].key) + entryOverhead
+	}
 	c.bytes += size - r.size
 	r.size = size
 }

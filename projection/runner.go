@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,55 +17,72 @@ import (
 	"github.com/deed-go/deed/eventstore"
 )
 
-// runner is the worker of one projection.
+// runner is the worker of one projection, or of one of its partitions.
 type runner struct {
 	engine     *Engine
 	projection Projection
+	part       partition
+	unit       string // the name under which everything of it is stored
 	progress   *progress
 	attributes metric.MeasurementOption
 	// owning holds a token while nobody runs the projection or works on it offline.
 	owning   chan struct{}
+	running  atomic.Bool
 	requests chan request
 	// asides is what is done beside the projection for others, until Run returns.
 	asides    sync.WaitGroup
 	verifying atomic.Bool
+	inline    *inlineUnit // nil: it is not
+	// joined: the appends may have it. joinAt is when they may have it again. Both
+	// belong to whoever has the token.
+	joined bool
+	joinAt time.Time
 
 	// What follows belongs to whoever has the token.
+	turn   turn
 	owner  string
 	losses int     // of the lease in a row, each soon after it was acquired
 	held   Lease   // the last one, as long as it may have to be released
 	asked  request // done is nil: nothing
 	logID  string  // once known
 	folder folder
-	parked map[eventstore.Stream]struct{}
+	parked parkedKeys
 	stored Checkpoint // as last written
 	tally  tally      // of what is applied, as last written
 	tells  bool       // there is a tally: the projection was begun with one
 	failed int        // failures in a row
 	marked bool       // items may be marked as parked
+	paused bool       // it is not to go on
 	live   bool       // the head of the log has been reached
 }
 
 // request is work for the goroutine that runs the projection.
 type request struct {
-	ctx     context.Context
-	do      func(ctx context.Context, lease Lease) error
-	empties bool // removes the rows; afterwards, begin again from the stored checkpoint
-	done    chan error
+	ctx      context.Context
+	do       func(ctx context.Context, lease Lease) error
+	empties  bool // removes the rows; afterwards, begin again from the stored checkpoint
+	restarts bool // afterwards, begin again
+	between  bool // leaves rows alone
+	done     chan error
 }
 
 var (
 	errRestart = errors.New("begin again from the stored checkpoint")
 	errPaused  = errors.New("stopped while waiting to retry")
 	errEnded   = errors.New("the subscription ended although nobody ended it")
+	errMoved   = errors.New("it is not this node's work any more")
+	errNotOurs = fmt.Errorf("%w: its work is another node's", ErrLeaseHeld)
 )
 
-func newRunner(e *Engine, p Projection) *runner {
+func newRunner(e *Engine, p Projection, part partition) *runner {
+	unit := part.unitName(p.Name())
 	r := &runner{
 		engine:     e,
 		projection: p,
-		progress:   newProgress(p.Name()),
-		attributes: metric.WithAttributeSet(attribute.NewSet(nameAttribute(p))),
+		part:       part,
+		unit:       unit,
+		progress:   newProgress(unit),
+		attributes: metric.WithAttributeSet(attribute.NewSet(nameAttribute(unit))),
 		owner:      e.options.Owner,
 		owning:     make(chan struct{}, 1),
 		requests:   make(chan request),
@@ -74,7 +92,14 @@ func newRunner(e *Engine, p Projection) *runner {
 }
 
 // Name implements worker.Worker.
-func (r *runner) Name() string { return "projection " + r.projection.Name() }
+func (r *runner) Name() string { return "projection " + r.unit }
+
+// Offer implements worker.Offerer.
+func (r *runner) Offer() {
+	if g := r.engine.options.Group; g != nil {
+		g.Offer(r.leaseName())
+	}
+}
 
 // Ready implements worker.Worker.
 func (r *runner) Ready(ctx context.Context) error { return r.progress.wait(ctx, 0, true) }
@@ -93,15 +118,21 @@ func (r *runner) Fire(_ context.Context, now time.Time) error {
 	return nil
 }
 
-func (r *runner) leaseName() string { return "projection." + r.projection.Name() }
-func (r *runner) deadTable() string { return deadTable(r.projection.Name()) }
+func leaseName(unit string) string { return "projection." + unit }
+
+func (r *runner) leaseName() string { return leaseName(r.unit) }
+func (r *runner) deadTable() string { return deadTable(r.unit) }
 
 // Run implements worker.Worker.
 func (r *runner) Run(ctx context.Context) (err error) {
+	if !r.running.CompareAndSwap(false, true) {
+		return fmt.Errorf("projection %q runs already", r.unit)
+	}
+	defer r.running.Store(false)
 	select {
-	case <-r.owning:
-	default:
-		return fmt.Errorf("projection %q runs already", r.projection.Name())
+	case <-r.owning: // what was asked for before it ran has been done
+	case <-ctx.Done():
+		return nil
 	}
 	defer func() { r.owning <- struct{}{} }()
 	ctx, cancel := context.WithCancel(ctx)
@@ -115,8 +146,8 @@ func (r *runner) Run(ctx context.Context) (err error) {
 			err = nil
 		}
 		if err != nil {
-			err = fmt.Errorf("projection %q: %w", r.projection.Name(), err)
-			r.engine.options.Logger.Error("projection stopped", "projection", r.projection.Name(), "error", err)
+			err = fmt.Errorf("projection %q: %w", r.unit, err)
+			r.engine.options.Logger.Error("projection stopped", "projection", r.unit, "error", err)
 		}
 		r.progress.change(func() {
 			r.progress.ended, r.progress.failure, r.progress.phase, r.progress.retryAt = true, err, PhaseStopped, time.Time{}
@@ -126,6 +157,8 @@ func (r *runner) Run(ctx context.Context) (err error) {
 		})
 	}()
 	r.failed, r.losses = 0, 0
+	r.turn = newTurn(ctx, r.engine.options.Group, r.leaseName())
+	defer r.turn.withdraw()
 	defer r.engine.telemetry.observeLag(r)()
 	for {
 		lease, err := r.acquire(ctx)
@@ -137,6 +170,9 @@ func (r *runner) Run(ctx context.Context) (err error) {
 		switch {
 		case ctx.Err() != nil:
 			return nil
+		case errors.Is(err, errMoved):
+			r.handOver(ctx, err)
+			continue
 		case !errors.Is(err, ErrFenced):
 			return err
 		}
@@ -146,31 +182,45 @@ func (r *runner) Run(ctx context.Context) (err error) {
 		}
 		if r.losses > 1 {
 			// Whatever it is that takes it away again: not as fast as possible.
-			if err := r.standBy(ctx); err != nil && ctx.Err() == nil {
+			if err := r.standBy(ctx, acquireEvery); err != nil && ctx.Err() == nil {
 				return err
 			}
 		}
 	}
 }
 
-// acquire waits for the lease, standing by while another owner has it.
+// acquire waits for the lease, standing by while another owner has it, or
+// another node is to have it.
 func (r *runner) acquire(ctx context.Context) (Lease, error) {
-	for told, failures := false, 0; ; {
-		lease, err := r.tryAcquire(ctx)
-		if err == nil {
-			return lease, nil
+	told, failures := false, 0
+	for began := time.Now(); ; {
+		err := errNotOurs
+		if r.turn.ours() || r.asked.done != nil {
+			var lease Lease
+			if lease, err = r.tryAcquire(ctx); err == nil {
+				return lease, nil
+			}
+			r.refuse(ctx, err)
+		} else {
+			began = time.Now()
+			if failed := r.release(ctx); failed != nil {
+				err = failed // nobody else can have it as long as this process lives
+			}
 		}
-		r.refuse(ctx, err)
 		switch {
 		case ctx.Err() != nil || final(err):
 			return Lease{}, err
 		case errors.Is(err, ErrLeaseHeld):
 			if !told {
-				r.engine.options.Logger.Info("projection stands by", "projection", r.projection.Name(), "reason", err)
+				r.engine.options.Logger.Info("projection stands by", "projection", r.unit, "reason", err)
 				told = true
 			}
 			failures = 0
-			err = r.standBy(ctx)
+			every := acquireEvery
+			if r.turn.group && time.Since(began) < handoverPatience {
+				every = acquireSoon // whoever has it gives it up, or is dead
+			}
+			err = r.standBy(ctx, every)
 		default:
 			failures++
 			err = r.pause(ctx, Lease{}, err, failures)
@@ -182,7 +232,7 @@ func (r *runner) acquire(ctx context.Context) (Lease, error) {
 }
 
 func (r *runner) tryAcquire(ctx context.Context) (Lease, error) {
-	if err := r.release(ctx); err != nil {
+	if err := r.release(context.WithoutCancel(ctx)); err != nil {
 		return Lease{}, err
 	}
 	lease, err := r.engine.state.Acquire(ctx, r.leaseName(), r.owner, 0)
@@ -199,43 +249,64 @@ func (r *runner) release(ctx context.Context) error {
 	if r.held.Epoch == 0 {
 		return nil
 	}
-	if err := r.engine.state.Release(context.WithoutCancel(ctx), r.held); err != nil {
+	if err := r.engine.state.Release(ctx, r.held); err != nil {
 		return err
 	}
 	r.held = Lease{}
 	return nil
 }
 
+// handOver drops what is known when the work is another node's from now on.
+func (r *runner) handOver(ctx context.Context, cause error) {
+	r.engine.telemetry.moved.Add(ctx, 1, r.attributes)
+	r.engine.options.Logger.Info("projection is handed over", "projection", r.unit, "reason", cause)
+	r.drop(func() {})
+}
+
+// drop forgets everything: another owner goes on.
+func (r *runner) drop(also func()) {
+	r.failed, r.folder, r.stored, r.parked, r.live = 0, nil, Checkpoint{}, nil, false
+	r.progress.change(func() {
+		r.progress.started, r.progress.through, r.progress.stored, r.progress.phase = false, 0, 0, PhaseStandby
+		r.progress.inline = false
+		also()
+	})
+}
+
 // lose drops everything that is known when another owner has taken over.
 func (r *runner) lose(ctx context.Context, cause error) {
 	r.engine.telemetry.fenced.Add(ctx, 1, r.attributes)
-	r.engine.options.Logger.Warn("projection lost its lease to another owner", "projection", r.projection.Name(), "error", cause)
+	r.engine.options.Logger.Warn("projection lost its lease to another owner", "projection", r.unit, "error", cause)
 	// The name that takes leases over has served: were two engines of one name
 	// alive, they would take it from one another for ever.
 	r.owner = r.engine.options.Owner + "/" + uuid.NewString()
-	r.failed, r.folder, r.stored, r.parked, r.live = 0, nil, Checkpoint{}, nil, false
 	now := r.engine.options.Clock.Now()
-	r.progress.change(func() {
-		r.progress.started, r.progress.through, r.progress.stored = false, 0, 0
-		r.progress.phase, r.progress.lastErr, r.progress.errAt = PhaseStandby, cause, now
-	})
+	r.drop(func() { r.progress.lastErr, r.progress.errAt = cause, now })
 }
 
 // How often whoever stands by tries to acquire the lease, and looks at what the
 // owner has stored while somebody waits for it: at first every lookAtFirst, and
 // more seldom the longer nothing happens.
+//
+// A node whose turn it is tries more often: the one that has the lease is about to
+// give it up, or has died, and then the lease ends by itself.
 const (
-	acquireEvery = time.Second
-	lookAtFirst  = 5 * time.Millisecond
-	lookAtLast   = 100 * time.Millisecond
+	acquireEvery     = time.Second
+	acquireSoon      = 50 * time.Millisecond
+	handoverPatience = 30 * time.Second
+	lookAtFirst      = 5 * time.Millisecond
+	lookAtLast       = 100 * time.Millisecond
 )
 
 // standBy follows what the owner of the projection stores. It returns when it
-// is time to try to acquire the lease: after about a second, or at once when
-// somebody asks for something.
-func (r *runner) standBy(ctx context.Context) error {
-	try := time.NewTimer(acquireEvery - acquireEvery/10 + rand.N(acquireEvery/5))
+// is time to try to acquire the lease: after a while, when it is this node's turn,
+// or at once when somebody asks for something.
+func (r *runner) standBy(ctx context.Context, every time.Duration) error {
+	try := time.NewTimer(every - every/10 + rand.N(every/5))
 	defer try.Stop()
+	if !r.turn.ours() {
+		try.Stop()
+	}
 	look := time.NewTimer(0)
 	defer look.Stop()
 	r.progress.change(func() { r.progress.phase = PhaseStandby })
@@ -264,6 +335,8 @@ func (r *runner) standBy(ctx context.Context) error {
 		case <-r.progress.doubted:
 			hurry()
 		case r.asked = <-r.requests:
+			return nil
+		case r.turn.ending = <-r.turn.comes():
 			return nil
 		case <-try.C:
 			return nil
@@ -302,7 +375,7 @@ func (r *runner) refuse(ctx context.Context, err error) {
 	}
 	switch {
 	case ctx.Err() != nil:
-		err = fmt.Errorf("%w: %q", ErrStopped, r.projection.Name())
+		err = fmt.Errorf("%w: %q", ErrStopped, r.unit)
 	case errors.Is(err, ErrLeaseHeld):
 		err = runsElsewhere(err)
 	}
@@ -316,26 +389,36 @@ func runsElsewhere(held error) error {
 
 // own runs the projection until ctx ends, the lease is lost, or an error for good.
 func (r *runner) own(ctx context.Context, lease Lease) error {
-	defer func() { _ = r.release(ctx) }()
-	r.folder = r.projection.open(r.engine.state, &r.engine.options)
+	defer func() { _ = r.release(context.WithoutCancel(ctx)) }()
+	r.folder = r.projection.open(r.engine.state, &r.engine.options, r.part)
 	if q := r.asked; q.done != nil {
 		r.asked = request{}
 		if err := r.serve(ctx, lease, q); errors.Is(err, ErrFenced) {
 			return err
 		}
 	}
+	ctx = r.turn.within(ctx)
+	defer r.promote(ctx)()
 	for {
 		err := r.follow(ctx, lease)
 		switch {
+		case errors.Is(err, ErrFenced):
+			return err // also when the turn is over: somebody tried too late, and is counted
 		case ctx.Err() != nil:
-			return ctx.Err()
+			return fmt.Errorf("%w: %w", errMoved, context.Cause(ctx))
 		case errors.Is(err, errRestart):
 			continue
-		case errors.Is(err, ErrFenced), final(err):
+		case final(err):
 			return err
 		}
 		r.failed++
-		if err := r.pause(ctx, lease, err, r.failed); err != nil && (errors.Is(err, errPaused) || errors.Is(err, ErrFenced) || final(err) || ctx.Err() != nil) {
+		err = r.pause(ctx, lease, err, r.failed)
+		switch {
+		case errors.Is(err, ErrFenced):
+			return err
+		case ctx.Err() != nil:
+			return fmt.Errorf("%w: %w", errMoved, context.Cause(ctx))
+		case err != nil && final(err):
 			return err
 		}
 	}
@@ -388,6 +471,9 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 			return err
 		}
 	}
+	if r.paused {
+		return r.standStill(ctx, lease)
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	arrivals := make(chan arrival, 1)
 	go func() {
@@ -402,10 +488,21 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 	}()
 	ordered, stop := r.lookForOrders()
 	defer stop()
+	join := time.NewTimer(time.Until(r.joinAt))
+	defer join.Stop()
 	note := time.NewTimer(r.engine.noteAfter)
 	note.Stop()
 	defer note.Stop()
 	for noting := false; ; {
+		if r.joins() {
+			joined, err := r.join(ctx, lease)
+			if err != nil {
+				return err
+			}
+			if joined {
+				return r.watch(ctx, lease, arrivals, ordered)
+			}
+		}
 		if !noting && r.progress.reached() > r.stored.Position {
 			note.Reset(r.engine.noteAfter)
 			noting = true
@@ -429,6 +526,7 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 			if err := r.orders(ctx, lease); err != nil {
 				return err
 			}
+		case <-join.C: // what is to be done is above
 		case <-note.C:
 			noting = false
 			if through := r.progress.reached(); through > r.stored.Position {
@@ -450,6 +548,11 @@ func (r *runner) follow(ctx context.Context, lease Lease) error {
 // resume reads where the projection is, and refuses a log that this cannot be
 // a place in.
 func (r *runner) resume(ctx context.Context, lease Lease) error {
+	// First of all: while appends have it, the checkpoint follows the log, and soon is
+	// beyond any head that was read before it.
+	if err := r.withdraw(ctx, lease); err != nil {
+		return err
+	}
 	id, err := eventstore.LogID(ctx, r.engine.store)
 	if err != nil {
 		return err
@@ -470,17 +573,29 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 		if r.stored, err = tx.Checkpoint(r.leaseName()); err != nil {
 			return err
 		}
+		if err := r.unmark(tx); err != nil {
+			return err
+		}
 		if err := r.stored.fits(id); err != nil {
 			return err
 		}
 		if r.stored.Position > head {
 			return fmt.Errorf("%w: it is at position %d, but the log ends at %d: the database was restored from an older state: rebuild the projection, or bring the right log back", ErrWrongLog, r.stored.Position, head)
 		}
+		if err := r.arrange(tx); err != nil {
+			return err
+		}
 		if err := r.folder.setup(ctx, tx); err != nil {
 			return fmt.Errorf("%w: %w", errSetup, err)
 		}
+		if r.paused, err = isPaused(tx, r.unit); err != nil {
+			return err
+		}
+		if err := r.enroll(ctx, tx); err != nil {
+			return fmt.Errorf("%w: %w", errSetup, err)
+		}
 		if !r.stored.IsZero() {
-			r.tally, r.tells, err = getJSON[tally](tx, tallies, r.projection.Name())
+			r.tally, r.tells, err = getJSON[tally](tx, tallies, r.unit)
 			return err
 		}
 		if err := tx.SetCheckpoint(lease, r.stored, Checkpoint{Log: id}); err != nil {
@@ -499,13 +614,17 @@ func (r *runner) resume(ctx context.Context, lease Lease) error {
 	if err != nil {
 		return err
 	}
+	r.joined = false
 	if r.stored.IsZero() {
 		r.stored = Checkpoint{Log: id}
 	}
-	r.parked = map[eventstore.Stream]struct{}{}
+	r.parked = parkedKeys{}
 	if err := r.engine.state.View(ctx, func(tx StateTx) error {
-		return r.eachDeadLetter(tx, func(d DeadLetter) { r.parked[d.Stream] = struct{}{} })
+		return r.eachDeadLetter(tx, func(d DeadLetter) { r.parked.add(d.Stream, d.Keys) })
 	}); err != nil {
+		return err
+	}
+	if err := r.folder.prepare(ctx, lease); err != nil {
 		return err
 	}
 	if r.stored.Position == 0 {
@@ -535,15 +654,16 @@ func (c Checkpoint) fits(log string) error {
 // read brings what the projection handles, decoded, while earlier events are
 // being folded.
 func (r *runner) read(ctx context.Context, after eventstore.Position, to chan<- arrival) {
-	q := r.projection.selection(r.engine.options.Encoding)
-	for b, err := range r.engine.store.Subscribe(ctx, q, after) {
+	q := r.projection.selection(r.engine.options.Encoding, r.part)
+	for b, err := range r.engine.reader.Follow(ctx, q, after) {
 		a := arrival{through: b.Through, caughtUp: b.CaughtUp, err: err}
 		if len(b.Events) > 0 {
 			a.items = make([]item, len(b.Events))
 			for i := range b.Events {
-				a.items[i].event = &b.Events[i]
-				r.folder.decode(&a.items[i])
+				a.items[i].event, a.items[i].memo = &b.Events[i], b.Memo(i)
 			}
+			decodeItems(r.folder, a.items)
+			a.items = slices.DeleteFunc(a.items, func(it item) bool { return it.foreign })
 		}
 		select {
 		case to <- a:
@@ -669,20 +789,9 @@ func (r *runner) apply(ctx context.Context, lease Lease, items []item, through e
 func (r *runner) renew(items []item) {
 	for i := range items {
 		if it := &items[i]; it.used || it.problem != nil {
-			it.value, it.keys, it.problem, it.used = nil, nil, nil, false
+			it.value, it.keys, it.problem, it.used, it.foreign = nil, nil, nil, false, false
 			r.folder.decode(it)
 		}
-	}
-}
-
-// park marks what belongs to streams that were set aside.
-func (r *runner) park(items []item) {
-	if len(r.parked) == 0 && !r.marked {
-		return
-	}
-	r.marked = len(r.parked) > 0
-	for i := range items {
-		_, items[i].parked = r.parked[items[i].event.Stream]
 	}
 }
 
@@ -704,7 +813,7 @@ func (r *runner) commit(ctx context.Context, lease Lease, items []item, through 
 			if !items[i].parked {
 				continue
 			}
-			if err := r.putDeadLetter(tx, items[i].event, nil, 0); err != nil {
+			if err := r.putDeadLetter(tx, &items[i], nil, 0); err != nil {
 				return err
 			}
 		}
@@ -716,6 +825,7 @@ func (r *runner) commit(ctx context.Context, lease Lease, items []item, through 
 		return 0, err
 	}
 	r.tally = applied
+	r.parkedNow(items[:n])
 	r.engine.telemetry.events.Add(ctx, int64(n), r.attributes)
 	r.reach(next)
 	return n, nil
@@ -725,7 +835,7 @@ func (r *runner) putTally(tx StateTx, t tally) error {
 	if !r.tells {
 		return nil
 	}
-	return putJSON(tx, tallies, r.projection.Name(), t)
+	return putJSON(tx, tallies, r.unit, t)
 }
 
 func (r *runner) reach(c Checkpoint) {
@@ -780,7 +890,7 @@ func (r *runner) pause(ctx context.Context, lease Lease, cause error, attempt in
 	r.engine.telemetry.retries.Add(ctx, 1, r.attributes)
 	now := o.Clock.Now()
 	at := now.Add(delay)
-	o.Logger.Warn("projection retries", "projection", r.projection.Name(), "attempt", attempt, "after", delay, "error", cause)
+	o.Logger.Warn("projection retries", "projection", r.unit, "attempt", attempt, "after", delay, "error", cause)
 	select {
 	case <-r.progress.wake:
 	default:
@@ -828,6 +938,15 @@ func (r *runner) serve(ctx context.Context, lease Lease, q request) error {
 		q.done <- q.ctx.Err()
 		return nil
 	}
+	if err := r.withdraw(ctx, lease); err != nil {
+		q.done <- err
+		return err
+	}
+	if q.between {
+		err := q.do(ctx, lease)
+		q.done <- err
+		return err
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(q.ctx, cancel)
 	r.folder.forget()
@@ -841,7 +960,7 @@ func (r *runner) serve(ctx context.Context, lease Lease, q request) error {
 		return errRestart
 	}
 	q.done <- err
-	if err == nil || errors.Is(err, ErrFenced) {
+	if err == nil && !q.restarts || errors.Is(err, ErrFenced) {
 		return err
 	}
 	// Whether the failed update took effect is not known: look.
@@ -862,10 +981,10 @@ func (r *runner) perform(ctx context.Context, lease Lease, q request) error {
 	return err
 }
 
-// ask has do run by the projection's goroutine, or, when it does not run, here
+// ask has what is requested done by the projection's goroutine, or, when it does not run, here
 // under a lease of its own. It reports which.
-func (r *runner) ask(ctx context.Context, do func(ctx context.Context, lease Lease) error, empties bool) (running bool, err error) {
-	q := request{ctx: ctx, do: do, empties: empties, done: make(chan error, 1)}
+func (r *runner) ask(ctx context.Context, q request) (running bool, err error) {
+	q.ctx, q.done = ctx, make(chan error, 1)
 	select {
 	case r.requests <- q:
 		select {
@@ -886,25 +1005,33 @@ func (r *runner) ask(ctx context.Context, do func(ctx context.Context, lease Lea
 	if err != nil {
 		return false, err
 	}
-	r.folder = r.projection.open(r.engine.state, &r.engine.options)
+	r.folder = r.projection.open(r.engine.state, &r.engine.options, r.part)
 	err = r.perform(ctx, lease, q)
-	return false, errors.Join(err, r.release(ctx))
+	return false, errors.Join(err, r.release(context.WithoutCancel(ctx)))
 }
 
 // clear empties the projection: rows, dead letters and checkpoint.
 func (r *runner) clear(ctx context.Context, lease Lease) error {
 	return r.engine.state.Update(ctx, func(tx StateTx) error {
-		if err := tx.DeleteCheckpoint(lease); err != nil {
+		if err := r.clearRecords(tx, lease); err != nil {
 			return err
-		}
-		if err := tx.Delete(tallies, r.projection.Name()); err != nil {
-			return err
-		}
-		for _, table := range []string{r.deadTable(), skippedTable(r.projection.Name())} {
-			if err := tx.Clear(table); err != nil {
-				return err
-			}
 		}
 		return r.folder.clear(ctx, tx)
 	})
+}
+
+// clearRecords removes everything but the rows.
+func (r *runner) clearRecords(tx StateTx, lease Lease) error {
+	if err := tx.DeleteCheckpoint(lease); err != nil {
+		return err
+	}
+	if err := errors.Join(tx.Delete(tallies, r.unit), r.unmark(tx)); err != nil {
+		return err
+	}
+	for _, table := range []string{r.deadTable(), skippedTable(r.unit)} {
+		if err := tx.Clear(table); err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
+	"slices"
 	"time"
 
 	"github.com/deed-go/deed/eventstore"
@@ -16,15 +18,22 @@ type SQLDefinition struct {
 	handlers map[string]sqlHandler // by current event type
 	setup    []string
 	reset    []string
+	parts    int
+	version  int // 0 is 1
+	heldBack bool
+	inlined  bool
+	activate []string
+	parkedBy func(eventstore.Recorded) string // nil: see ParkedBy
 	mistakes []error
 }
 
 type sqlHandler struct {
 	decode func(enc *eventstore.Encoding, r *eventstore.Recorded) (any, error)
+	shared reflect.Type // see kind
 	handle func(ctx context.Context, tx Tx, value any, r *eventstore.Recorded) error
 }
 
-// SQLPart is a part of an SQL projection: [Setup], [Reset] or [OnSQL].
+// SQLPart is a part of an SQL projection: [Setup], [Reset], [Activate] or [OnSQL].
 type SQLPart func(*SQLDefinition)
 
 // SQL defines a projection whose handlers write to SQL tables, in the same
@@ -79,6 +88,7 @@ func OnSQL[E Event](handle func(ctx context.Context, tx Tx, e E, r eventstore.Re
 		}
 		d.handlers[k.name] = sqlHandler{
 			decode: decodeInto[E](k),
+			shared: k.shared,
 			handle: func(ctx context.Context, tx Tx, value any, r *eventstore.Recorded) error {
 				return handle(ctx, tx, valueOf[E](value), *r)
 			},
@@ -86,24 +96,48 @@ func OnSQL[E Event](handle func(ctx context.Context, tx Tx, e E, r eventstore.Re
 	}
 }
 
-// Name returns the projection's name.
-func (d *SQLDefinition) Name() string { return d.name }
+// Name returns the projection's name, with its version if that is not 1, as in
+// "report/v2".
+func (d *SQLDefinition) Name() string { return versionName(d.name, d.version) }
 
 // Err returns the mistakes in the definition, joined; nil if there are none.
-func (d *SQLDefinition) Err() error { return mistakes(d.name, d.mistakes) }
-
-func (d *SQLDefinition) selection(enc *eventstore.Encoding) eventstore.Query {
-	return eventstore.OfTypes(enc.StoredTypes(sortedKeys(d.handlers)...)...)
+func (d *SQLDefinition) Err() error {
+	return mistakes(d.Name(), d.mistakes, errors.Join(d.parkedInParts(), checkInline(d.inlined, d.parts, d.version)))
 }
 
-func (d *SQLDefinition) open(state State, o *Options) folder {
-	return &sqlFolder{definition: d, state: state, enc: o.Encoding, most: o.SQLEvents, within: o.SQLTime}
+func (d *SQLDefinition) selection(enc *eventstore.Encoding, p partition) eventstore.Query {
+	return eventstore.Match(eventstore.Item{Types: enc.StoredTypes(sortedKeys(d.handlers)...), Slices: p.slices()})
+}
+
+// Partitioned returns the projection divided into n parts, 1 to 128, that are run
+// at the same time, here and in other processes that share the state; 1 is the
+// default. A stream belongs to one of them, by its slice, so events of a stream
+// are handled in order; those of different streams may be handled at the same time,
+// in transactions of their own: rows that several streams share must be written by
+// statements that bear that, such as n = n + 1.
+//
+// An embedded state has one writer: there, parts gain nothing. The number is part of
+// what is stored: another one needs another [SQLDefinition.Version].
+func (d *SQLDefinition) Partitioned(n int) *SQLDefinition {
+	e := *d
+	e.parts = n
+	if err := checkPartitions(n); err != nil {
+		e.mistakes = append(slices.Clip(e.mistakes), err)
+	}
+	return &e
+}
+
+func (d *SQLDefinition) partitions() int { return d.parts }
+
+func (d *SQLDefinition) open(state State, o *Options, p partition) folder {
+	return &sqlFolder{definition: d, state: state, enc: o.Encoding, part: p, most: o.SQLEvents, within: o.SQLTime}
 }
 
 type sqlFolder struct {
 	definition *SQLDefinition
 	state      State
 	enc        *eventstore.Encoding
+	part       partition
 	most       int
 	within     time.Duration
 }
@@ -115,7 +149,7 @@ func (f *sqlFolder) handler(storedType string) (sqlHandler, bool) {
 
 func (f *sqlFolder) decode(it *item) {
 	if h, ok := f.handler(it.event.Type); ok {
-		it.value, it.problem = guard(func() (any, error) { return h.decode(f.enc, it.event) })
+		it.decodeWith(h.shared, func() (any, error) { return h.decode(f.enc, it.event) })
 	}
 }
 
@@ -123,14 +157,24 @@ func (f *sqlFolder) setup(ctx context.Context, tx StateTx) error {
 	if _, err := tx.Exec(ctx, "SELECT 1"); err != nil {
 		return fmt.Errorf("its store must have SQL: %w", err)
 	}
+	if f.part.of > 1 && len(f.definition.setup) > 0 {
+		if err := f.part.oneByOne(tx, f.definition.Name()); err != nil {
+			return err
+		}
+	}
 	return f.execute(ctx, tx, "set up", f.definition.setup)
 }
+
+var errResetsAll = fmt.Errorf("%w: its Reset empties the tables of all partitions, and not all of them run here: stop the other processes first, or give the definition another version, which is built beside this one", errors.ErrUnsupported)
 
 var errNoReset = errors.New("it does not say how to empty its tables: add projection.Reset with the statements")
 
 func (f *sqlFolder) clear(ctx context.Context, tx StateTx) error {
 	if len(f.definition.reset) == 0 {
 		return errNoReset
+	}
+	if f.part.of > 1 {
+		return errResetsAll
 	}
 	if err := f.execute(ctx, tx, "reset", f.definition.reset); err != nil {
 		return err
@@ -139,13 +183,10 @@ func (f *sqlFolder) clear(ctx context.Context, tx StateTx) error {
 }
 
 func (f *sqlFolder) execute(ctx context.Context, tx Tx, what string, statements []string) error {
-	for _, s := range statements {
-		if _, err := tx.Exec(ctx, s); err != nil {
-			return fmt.Errorf("%s tables with %q: %w", what, s, err)
-		}
-	}
-	return nil
+	return runAll(ctx, tx, what, statements)
 }
+
+func (f *sqlFolder) prepare(context.Context, Lease) error { return nil }
 
 func (f *sqlFolder) forget() {}
 func (f *sqlFolder) fresh()  {}
@@ -185,6 +226,23 @@ func (f *sqlFolder) apply(ctx context.Context, lease Lease, items []item, seal f
 	return done, nil
 }
 
+// applyIn implements folder.
+func (f *sqlFolder) applyIn(ctx context.Context, tx StateTx, items []item) error {
+	for i := range items {
+		only := &onlySQL{tx: tx}
+		err := f.call(ctx, only, &items[i])
+		if only.failed != nil {
+			return only.failed
+		}
+		if err != nil {
+			return &handlerError{index: i, cause: err}
+		}
+	}
+	return nil
+}
+
+func (f *sqlFolder) reads([]item) (table string, keys []string) { return "", nil }
+
 func (f *sqlFolder) call(ctx context.Context, tx Tx, it *item) error {
 	if it.problem != nil {
 		return it.problem
@@ -193,7 +251,7 @@ func (f *sqlFolder) call(ctx context.Context, tx Tx, it *item) error {
 	if !ok {
 		return nil
 	}
-	it.used = true
+	it.used = h.shared == nil
 	_, err := guard(func() (struct{}, error) {
 		return struct{}{}, h.handle(ctx, tx, it.value, it.event)
 	})

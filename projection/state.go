@@ -39,7 +39,9 @@ type State interface {
 	// one has ended. So fence before reading what is to be changed. Embedded
 	// backends serialise all updates. On a server, updates that are not fenced, or
 	// by different leases, may run at the same time, and then one that reads, thinks
-	// and writes can undo what another one did.
+	// and writes can undo what another one did. Only those that write the same row do
+	// that one after another: what follows a read that follows the write sees what
+	// the earlier ones have done.
 	Update(ctx context.Context, fn func(StateTx) error) error
 	// View runs fn on a consistent snapshot of committed updates. Writing in it
 	// fails. fn must not keep the transaction, and must not call Update.
@@ -238,6 +240,13 @@ type Stored struct {
 	Held  bool
 	// DeadLetters is the number of events set aside.
 	DeadLetters int
+	// Paused: it stands still until it is resumed, see [Engine.Pause].
+	Paused bool
+	// Projection is the name without version and partition, Version the version, and
+	// Active says that it is the one that is read.
+	Projection string
+	Version    int
+	Active     bool
 }
 
 // Inspect lists the projections that the state knows, in the order of their
@@ -262,11 +271,20 @@ func Inspect(ctx context.Context, s State) ([]Stored, error) {
 				continue
 			}
 			one := Stored{Name: name, Checkpoint: k.Checkpoint, Lease: k.Lease, Held: k.Held}
+			one.Projection, one.Version, _ = splitUnit(name)
+			read, err := readStack(tx, one.Projection)
+			if err != nil {
+				return err
+			}
+			one.Active = read.top() == one.Version
 			for _, err := range tx.Scan("projection.dead."+name, Range{}) {
 				if err != nil {
 					return err
 				}
 				one.DeadLetters++
+			}
+			if one.Paused, err = isPaused(tx, name); err != nil {
+				return err
 			}
 			all = append(all, one)
 		}

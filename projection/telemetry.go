@@ -22,6 +22,7 @@ type telemetry struct {
 	deadLetters metric.Int64Counter
 	fenced      metric.Int64Counter
 	acquired    metric.Int64Counter
+	moved       metric.Int64Counter
 	batchEvents metric.Int64Histogram
 	batchTime   metric.Float64Histogram
 	waiting     metric.Int64ObservableGauge
@@ -36,6 +37,7 @@ func newTelemetry(o *Options) *telemetry {
 	t.deadLetters, _ = t.meter.Int64Counter("deed.projection.dead_letters", metric.WithDescription("events that failed for good"))
 	t.fenced, _ = t.meter.Int64Counter("deed.projection.fenced", metric.WithDescription("leases lost to another owner"))
 	t.acquired, _ = t.meter.Int64Counter("deed.projection.acquired", metric.WithDescription("leases acquired"))
+	t.moved, _ = t.meter.Int64Counter("deed.projection.handed_over", metric.WithDescription("leases given up because the work is another node's"))
 	t.batchEvents, _ = t.meter.Int64Histogram("deed.projection.batch.events", metric.WithDescription("new events folded at once"),
 		metric.WithExplicitBucketBoundaries(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
 	t.batchTime, _ = t.meter.Float64Histogram("deed.projection.batch.time", metric.WithUnit("s"), metric.WithDescription("how long that took, commit included"))
@@ -68,8 +70,8 @@ func (t *telemetry) observeLag(r *runner) (stop func()) {
 	return func() { _ = registration.Unregister() }
 }
 
-func nameAttribute(p Projection) attribute.KeyValue {
-	return attribute.String("deed.projection", p.Name())
+func nameAttribute(unit string) attribute.KeyValue {
+	return attribute.String("deed.projection", unit)
 }
 
 // span covers and measures one batch of new events. What is folded while
@@ -78,8 +80,8 @@ func (r *runner) span(ctx context.Context, events int) (context.Context, func(er
 	if !r.live {
 		return ctx, func(error) {}
 	}
-	ctx, span := r.engine.telemetry.tracer.Start(ctx, "projection "+r.projection.Name(),
-		trace.WithNewRoot(), trace.WithAttributes(nameAttribute(r.projection), attribute.Int("deed.events", events)))
+	ctx, span := r.engine.telemetry.tracer.Start(ctx, "projection "+r.unit,
+		trace.WithNewRoot(), trace.WithAttributes(nameAttribute(r.unit), attribute.Int("deed.events", events)))
 	began := time.Now()
 	return ctx, func(err error) {
 		if err != nil {

@@ -266,3 +266,86 @@ func TestMetrics(t *testing.T) {
 		require.NotContains(t, metrics(t, otherReader), "deed.projection.lag balances", "a stopped projection is no longer observed")
 	})
 }
+
+// Invariant 8: while a version is built, and while one is built again, the one that
+// is read stays as it is, and so does the log: there are no spans, no batches
+// measured and no events for anybody to react to. How far it is, is its own.
+func TestInvariant8_BuildingAVersionIsSilent(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memory.New()
+		defer store.Close()
+		reader := sdkmetric.NewManualReader()
+		spans := &observer{counts: map[string]int64{}, callbacks: map[*registration]metric.Callback{}}
+		gate := make(chan struct{})
+		view := balances()
+		next := projection.View("balances", projection.On(func(b *balance, e deposited) {
+			<-gate
+			b.Cents += 2 * e.Cents
+		})).Version(2)
+		for n := range 50 {
+			put(t, store, account("ann"), deposited{int64(n)})
+		}
+		time.Sleep(time.Hour)
+		head, err := store.Head(t.Context())
+		require.NoError(t, err)
+		r := start(t, store, store, projection.Options{
+			BatchEvents: 10, BatchTime: 1, TracerProvider: spans, MeterProvider: sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)),
+		}, view, next)
+		defer r.stop()
+		r.caughtUp(t, store, "balances")
+		first := rows(t, store, view)
+
+		for range 15 {
+			gate <- struct{}{} // some of its batches, each of a few events
+		}
+		synctest.Wait()
+		got := metrics(t, reader)
+		require.Zero(t, got["deed.projection.lag balances"])
+		require.Zero(t, got["deed.projection.lag.events balances"])
+		left := got["deed.projection.lag.events balances/v2"]
+		require.Greater(t, left, 0.0)
+		require.Less(t, left, 50.0)
+		status, err := r.Status(t.Context())
+		require.NoError(t, err)
+		require.True(t, status[0].Active)
+		require.EqualValues(t, 0, status[0].LagEvents)
+		require.False(t, status[1].Active)
+		require.Equal(t, projection.PhaseCatchingUp, status[1].Phase)
+		require.EqualValues(t, left, status[1].LagEvents)
+		require.Equal(t, first, rows(t, store, view), "what is read does not move")
+
+		silent := func() {
+			t.Helper()
+			time.Sleep(time.Second) // on the bubble's clock: it knows by then that it has caught up
+			synctest.Wait()
+			status, err := r.Status(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, projection.PhaseLive, status[1].Phase)
+			got := metrics(t, reader)
+			for _, name := range []string{"balances", "balances/v2"} {
+				require.NotContains(t, got, "deed.projection.batch.events "+name)
+				require.NotContains(t, got, "deed.projection.batch.time "+name)
+				require.NotContains(t, got, "deed.projection.dead_letters "+name)
+				require.Zero(t, got["deed.projection.lag "+name])
+			}
+			require.Empty(t, spans.spans)
+			now, err := store.Head(t.Context())
+			require.NoError(t, err)
+			require.Equal(t, head, now, "nothing is appended that could be reacted to")
+		}
+		close(gate)
+		r.caughtUp(t, store, "balances/v2")
+		silent()
+		require.NoError(t, r.Rebuild(t.Context(), "balances/v2"))
+		r.caughtUp(t, store, "balances/v2")
+		silent()
+
+		put(t, store, account("ann"), deposited{1})
+		r.caughtUp(t, store, "balances")
+		r.caughtUp(t, store, "balances/v2")
+		synctest.Wait() // a batch is measured when it is committed
+		require.ElementsMatch(t, []string{"projection balances", "projection balances/v2"}, spans.spans)
+		require.EqualValues(t, 1, metrics(t, reader)["deed.projection.batch.events balances/v2"])
+	})
+}

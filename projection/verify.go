@@ -7,10 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
-	"maps"
-	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -52,7 +51,7 @@ const tallies = "projection.tallies"
 // count adds the items that are applied.
 func (t tally) count(items []item) tally {
 	for i := range items {
-		if !items[i].parked {
+		if !items[i].parked && !items[i].foreign {
 			t = t.plus(items[i].event.Position, items[i].event.ID)
 		}
 	}
@@ -82,6 +81,11 @@ type Verification struct {
 	Missing int `json:"missing"`
 	Extra   int `json:"extra"`
 	Changed int `json:"changed"`
+	// Entries is how many there should be in those indexes of a view that are built.
+	// MissingEntries are not there, ExtraEntries should not be there.
+	Entries        int `json:"entries,omitempty"`
+	MissingEntries int `json:"missing_entries,omitempty"`
+	ExtraEntries   int `json:"extra_entries,omitempty"`
 	// First is the first row that differs, in the order of the keys; nil if none does.
 	First *RowDifference `json:"first,omitempty"`
 }
@@ -96,7 +100,7 @@ type RowDifference struct {
 
 // Agrees reports whether nothing wrong was found.
 func (v Verification) Agrees() bool {
-	return v.SameEvents && v.Missing+v.Extra+v.Changed == 0
+	return v.SameEvents && v.Missing+v.Extra+v.Changed+v.MissingEntries+v.ExtraEntries == 0
 }
 
 // String says in a line what was found.
@@ -119,6 +123,9 @@ func (v Verification) String() string {
 		}
 		wrong = append(wrong, fmt.Sprintf("of %d rows %d are missing, %d are too many, %d differ; the first is %q: it is %s and should be %s", v.Rows, v.Missing, v.Extra, v.Changed, v.First.Key, stored, should))
 	}
+	if v.MissingEntries+v.ExtraEntries > 0 {
+		wrong = append(wrong, fmt.Sprintf("of %d entries of indexes %d are missing, %d are too many", v.Entries, v.MissingEntries, v.ExtraEntries))
+	}
 	switch {
 	case len(wrong) == 0 && !v.Compared:
 		return fmt.Sprintf("%d events up to position %d were applied, each once; rows of SQL projections are not compared", v.Events, v.Position)
@@ -128,36 +135,117 @@ func (v Verification) String() string {
 	return fmt.Sprintf("at position %d %s", v.Position, strings.Join(wrong, "; "))
 }
 
-// errMoved: what was compared has changed in a way that one cannot follow.
-var errMoved = errors.New("the projection was rebuilt, or its dead letters were replayed, meanwhile: verify it again")
+// errAltered: what was compared has changed in a way that one cannot follow.
+var errAltered = errors.New("the projection was rebuilt, or its dead letters were replayed, meanwhile: verify it again")
 
-// Verify folds the log again, on the side and in memory, up to the checkpoint
-// that the projection has when that is done, and compares: whether the projection
+// VerifyOption is an option of [Engine.Verify] and [Admin.Verify].
+type VerifyOption func(*verifying)
+
+// verifying is what is wanted of a verification.
+type verifying struct {
+	report func(VerifyProgress)
+}
+
+// VerifyProgress is how far a verification has come.
+type VerifyProgress struct {
+	// Part is which one of the Parts of the projection is looked at, from 1 on: each
+	// partition reads the log by itself.
+	Part  int `json:"part"`
+	Parts int `json:"parts"`
+	// Position is where the fold on the side is, Through where it is to go: the
+	// checkpoint, which moves on while the projection runs.
+	Position eventstore.Position `json:"position"`
+	Through  eventstore.Position `json:"through"`
+	// Rows is how many rows of the part have been compared since the fold was there.
+	Rows int `json:"rows"`
+}
+
+// WithProgress has the function called while a verification goes on, again and
+// again, one call after the other, and by Verify's goroutine, which waits for it. When
+// another process does the work, that is about once a second.
+func WithProgress(report func(VerifyProgress)) VerifyOption {
+	return func(v *verifying) {
+		if report != nil {
+			v.report = report
+		}
+	}
+}
+
+func verifyOptions(options []VerifyOption) verifying {
+	v := verifying{report: func(VerifyProgress) {}}
+	for _, option := range options {
+		option(&v)
+	}
+	return v
+}
+
+// Verify folds the log again, on the side, up to the checkpoint that the
+// projection has when that is done, and compares: whether the projection
 // has applied the events that it should, each once, and whether the rows of a
 // view are what they should be. The projection goes on meanwhile, here or in
 // another process. Events that are set aside or skipped are left out.
 //
-// The rows must fit into memory. A difference is no error; an error says that
+// Rows take about twice [Options.CacheBytes] of memory. Those that do not fit go to
+// temporary files in [os.TempDir], which need about as much room as the rows, for a
+// while twice as much; nothing is written to the state. The files have no names
+// and end with the process, however that ends, where the system can do that: Windows
+// cannot.
+//
+// A difference is no error; an error says that
 // nothing was found out: it wraps [ErrWrongLog] when the checkpoint does not fit
 // the log, and is the handler's when that fails on an event that was applied.
 //
 // Rows that several streams share may rightly differ after dead letters were
-// replayed, if the order of events matters to them: rebuild the projection then.
-func (e *Engine) Verify(ctx context.Context, name string) (Verification, error) {
-	r, err := e.runner(name)
+// replayed that did not tell their rows ([ViewDefinition.ParkedBy]), if the order of
+// events matters to them: rebuild the projection then.
+func (e *Engine) Verify(ctx context.Context, name string, options ...VerifyOption) (Verification, error) {
+	en, err := e.entry(name)
 	if err != nil {
 		return Verification{}, err
 	}
-	for attempt := 1; ; attempt++ {
-		v, err := r.verify(ctx)
-		if errors.Is(err, errMoved) && attempt < 3 {
-			continue
-		}
+	wanted := verifyOptions(options)
+	var all Verification
+	for i, r := range en.runners {
+		v, err := r.verification(ctx, func(p VerifyProgress) {
+			p.Part, p.Parts = i+1, len(en.runners)
+			wanted.report(p)
+		})
 		if err != nil {
-			return Verification{}, fmt.Errorf("verify projection %q: %w", name, err)
+			return Verification{}, fmt.Errorf("verify projection %q: %w", r.unit, err)
 		}
-		return v, nil
+		if i == 0 {
+			all = v
+		} else {
+			all = all.and(v)
+		}
 	}
+	all.Name = name
+	return all, nil
+}
+
+// verification is verify, once more if need be.
+func (r *runner) verification(ctx context.Context, report func(VerifyProgress)) (Verification, error) {
+	for attempt := 1; ; attempt++ {
+		v, err := r.verify(ctx, report)
+		if !errors.Is(err, errAltered) || attempt == 3 {
+			return v, err
+		}
+	}
+}
+
+// and is the verification of two partitions. Each event that concerns both counts
+// in both.
+func (v Verification) and(w Verification) Verification {
+	v.Position = min(v.Position, w.Position)
+	v.Events, v.Applied = v.Events+w.Events, v.Applied+w.Applied
+	v.SameEvents, v.Compared = v.SameEvents && w.SameEvents, v.Compared && w.Compared
+	v.SetAside, v.Skipped, v.Rows = v.SetAside+w.SetAside, v.Skipped+w.Skipped, v.Rows+w.Rows
+	v.Missing, v.Extra, v.Changed = v.Missing+w.Missing, v.Extra+w.Extra, v.Changed+w.Changed
+	v.Entries, v.MissingEntries, v.ExtraEntries = v.Entries+w.Entries, v.MissingEntries+w.MissingEntries, v.ExtraEntries+w.ExtraEntries
+	if v.First == nil || w.First != nil && w.First.Key < v.First.Key {
+		v.First = w.First
+	}
+	return v
 }
 
 // verifier is a fold on the side.
@@ -168,16 +256,22 @@ type verifier struct {
 	reached  eventstore.Position
 	applied  tally
 	excluded map[eventstore.Position]struct{} // what has been left out
+	through  eventstore.Position              // where it is to go, as was last seen
+	report   func(VerifyProgress)
 }
+
+// reportRows is after how many rows it is told how far one is.
+const reportRows = 1024
 
 // nearby is how far the checkpoint may be for the rest to be folded while one
 // looks at the rows.
 const nearby = 4096
 
-func (r *runner) verify(ctx context.Context) (Verification, error) {
-	v := &verifier{r: r, side: &side{tables: map[string]map[string][]byte{}}, excluded: map[eventstore.Position]struct{}{}}
+func (r *runner) verify(ctx context.Context, report func(VerifyProgress)) (Verification, error) {
+	v := &verifier{r: r, side: newSide(r.engine.options.CacheBytes), excluded: map[eventstore.Position]struct{}{}, report: report}
+	defer v.side.close()
 	if _, sql := r.projection.(*SQLDefinition); !sql {
-		v.folder = r.projection.open(v.side, &r.engine.options)
+		v.folder = r.projection.open(v.side, &r.engine.options, r.part)
 		v.folder.fresh()
 	}
 	logID, err := eventstore.LogID(ctx, r.engine.store)
@@ -210,13 +304,21 @@ func (r *runner) verify(ctx context.Context) (Verification, error) {
 			return err
 		}
 		found = Verification{
-			Name: r.projection.Name(), Position: now.at, SetAside: now.setAside, Skipped: len(now.excluded) - now.setAside,
+			Name: r.unit, Position: now.at, SetAside: now.setAside, Skipped: len(now.excluded) - now.setAside,
 			Events: v.applied.Events, Applied: now.tally.Events, SameEvents: now.tally == v.applied, Compared: v.folder != nil,
 		}
 		if v.folder == nil {
 			return nil
 		}
-		return v.compare(tx, r.projection.(interface{ table() string }).table(), &found)
+		view := r.projection.(interface {
+			table() string
+			owns(p partition, key string) bool
+			compareIndexes(tx StateTx, side *side, p partition, found *Verification) error
+		})
+		if err := view.compareIndexes(tx, v.side, r.part, &found); err != nil {
+			return err
+		}
+		return v.compare(ctx, tx, view.table(), func(key string) bool { return view.owns(r.part, key) }, &found)
 	})
 	return found, err
 }
@@ -230,7 +332,7 @@ type standing struct {
 }
 
 func (r *runner) standing(tx StateTx, logID string) (standing, error) {
-	name := r.projection.Name()
+	name := r.unit
 	now := standing{excluded: map[eventstore.Position]struct{}{}}
 	c, err := tx.Checkpoint(r.leaseName())
 	if err == nil {
@@ -258,39 +360,38 @@ func (r *runner) standing(tx StateTx, logID string) (standing, error) {
 // foldTo folds what is behind the events that were folded.
 func (v *verifier) foldTo(ctx context.Context, to standing) error {
 	if to.at < v.reached {
-		return errMoved
+		return errAltered
 	}
 	for p := range v.excluded {
 		if _, still := to.excluded[p]; !still {
-			return errMoved
+			return errAltered
 		}
 	}
 	for p := range to.excluded {
 		if _, was := v.excluded[p]; !was && p <= v.reached {
-			return errMoved
+			return errAltered
 		}
 	}
+	v.through = to.at
 	o := &v.r.engine.options
 	items := make([]item, 0, o.BatchEvents)
 	flush := func() error {
-		if v.folder != nil && len(items) > 0 {
-			for i := range items {
-				v.folder.decode(&items[i])
-			}
-			if _, err := v.folder.apply(ctx, Lease{}, items, func(StateTx, int) error { return nil }); err != nil {
-				failure := (*handlerError)(nil)
-				if errors.As(err, &failure) {
-					e := items[failure.index].event
-					return fmt.Errorf("event %q at position %d of stream %q: %w", e.Type, e.Position, e.Stream, failure.cause)
-				}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if v.folder != nil {
+			if err := foldAside(ctx, v.folder, items); err != nil {
 				return err
 			}
+		}
+		if len(items) > 0 {
+			v.report(VerifyProgress{Position: items[len(items)-1].event.Position, Through: to.at})
 		}
 		clear(items)
 		items = items[:0]
 		return nil
 	}
-	q := v.r.projection.selection(o.Encoding)
+	q := v.r.projection.selection(o.Encoding, v.r.part)
 	if v.reached < to.at {
 		for e, err := range v.r.engine.store.Read(ctx, q, eventstore.ReadOptions{After: v.reached, Through: to.at}) {
 			if err != nil {
@@ -299,8 +400,14 @@ func (v *verifier) foldTo(ctx context.Context, to standing) error {
 			if _, left := to.excluded[e.Position]; left {
 				continue
 			}
+			it := item{event: &e}
+			if v.folder != nil {
+				if v.folder.decode(&it); it.foreign {
+					continue
+				}
+			}
 			v.applied = v.applied.plus(e.Position, e.ID)
-			if items = append(items, item{event: &e}); len(items) == cap(items) {
+			if items = append(items, it); len(items) == cap(items) {
 				if err := flush(); err != nil {
 					return err
 				}
@@ -315,98 +422,78 @@ func (v *verifier) foldTo(ctx context.Context, to standing) error {
 }
 
 // compare goes through both tables in the order of their keys.
-func (v *verifier) compare(tx StateTx, table string, found *Verification) error {
-	should := v.side.tables[table]
-	found.Rows = len(should)
-	different := func(key string, stored, folded []byte) {
-		if found.First == nil || key < found.First.Key {
-			found.First = &RowDifference{Key: key, Stored: bytes.Clone(stored), Should: bytes.Clone(folded)}
-		}
-	}
-	seen := make(map[string]struct{}, len(should)) // and should stays as it is: a view of the state may be begun again
-	for row, err := range tx.Scan(table, Range{}) {
-		if err != nil {
-			return err
-		}
-		folded, ok := should[row.Key]
-		switch {
-		case !ok:
-			found.Extra++
-			different(row.Key, row.Value, nil)
-		case !bytes.Equal(row.Value, folded):
-			found.Changed++
-			different(row.Key, row.Value, folded)
-		}
-		if ok {
-			seen[row.Key] = struct{}{}
-		}
-	}
-	if found.Missing = len(should) - len(seen); found.Missing > 0 {
-		for key, folded := range should {
-			if _, there := seen[key]; !there {
-				different(key, nil, folded)
+func (v *verifier) compare(ctx context.Context, tx StateTx, table string, own func(key string) bool, found *Verification) error {
+	seen := 0
+	return v.side.beside(tx, table, func(stored, should *Row) error {
+		if seen++; seen%reportRows == 0 {
+			if err := ctx.Err(); err != nil {
+				return err
 			}
+			v.report(VerifyProgress{Position: v.reached, Through: v.through, Rows: seen})
 		}
-	}
-	return nil
+		var first RowDifference
+		switch {
+		case should == nil && !own(stored.Key):
+			return nil
+		case should == nil:
+			found.Extra++
+			first = RowDifference{Key: stored.Key, Stored: bytes.Clone(stored.Value)}
+		case stored == nil:
+			found.Rows++
+			found.Missing++
+			first = RowDifference{Key: should.Key, Should: bytes.Clone(should.Value)}
+		default:
+			if found.Rows++; bytes.Equal(stored.Value, should.Value) {
+				return nil
+			}
+			found.Changed++
+			first = RowDifference{Key: stored.Key, Stored: bytes.Clone(stored.Value), Should: bytes.Clone(should.Value)}
+		}
+		if found.First == nil {
+			found.First = &first
+		}
+		return nil
+	})
 }
 
-// side is a state in memory for the rows of one fold. It forgets when it is
-// dropped, and takes back nothing.
-type side struct{ tables map[string]map[string][]byte }
+// tellEvery is how often it is written down how far a verification for somebody
+// else has come.
+const tellEvery = time.Second
 
-func (s *side) Update(_ context.Context, fn func(StateTx) error) error { return fn(sideTx{s}) }
-func (s *side) View(_ context.Context, fn func(StateTx) error) error   { return fn(sideTx{s}) }
-
-func (s *side) Acquire(context.Context, string, string, time.Duration) (Lease, error) {
-	return Lease{}, errOnTheSide
-}
-
-func (s *side) Renew(context.Context, Lease, time.Duration) (Lease, error) {
-	return Lease{}, errOnTheSide
-}
-func (s *side) Release(context.Context, Lease) error { return errOnTheSide }
-
-var errOnTheSide = fmt.Errorf("a fold on the side: %w", errors.ErrUnsupported)
-
-type sideTx struct{ s *side }
-
-func (sideTx) Exec(context.Context, string, ...any) (int64, error) { return 0, errOnTheSide }
-func (sideTx) Query(context.Context, string, ...any) (Rows, error) { return nil, errOnTheSide }
-func (sideTx) Checkpoint(string) (Checkpoint, error)               { return Checkpoint{}, errOnTheSide }
-func (sideTx) SetCheckpoint(Lease, Checkpoint, Checkpoint) error   { return errOnTheSide }
-func (sideTx) Fence(Lease) error                                   { return errOnTheSide }
-func (sideTx) DeleteCheckpoint(Lease) error                        { return errOnTheSide }
-
-func (t sideTx) Get(table, key string) ([]byte, bool, error) {
-	value, ok := t.s.tables[table][key]
-	return value, ok, nil
-}
-
-func (t sideTx) Put(table, key string, value []byte) error {
-	if t.s.tables[table] == nil {
-		t.s.tables[table] = map[string][]byte{}
-	}
-	t.s.tables[table][key] = value
-	return nil
-}
-
-func (t sideTx) Delete(table, key string) error {
-	delete(t.s.tables[table], key)
-	return nil
-}
-
-func (t sideTx) Clear(table string) error {
-	delete(t.s.tables, table)
-	return nil
-}
-
-func (t sideTx) Scan(table string, _ Range) iter.Seq2[Row, error] {
-	return func(yield func(Row, error) bool) {
-		for _, key := range slices.Sorted(maps.Keys(t.s.tables[table])) {
-			if !yield(Row{key, t.s.tables[table][key]}, nil) {
+// verifyTelling is verification for the request under the key. It tells there how
+// far it is, and ends when the request is gone, as nobody waits for it then.
+func (r *runner) verifyTelling(ctx context.Context, lease Lease, key string) (Verification, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	var reached atomic.Pointer[VerifyProgress]
+	var telling sync.WaitGroup
+	// By itself, as what reports may be within a view of the state.
+	telling.Go(func() {
+		ticker := time.NewTicker(tellEvery)
+		defer ticker.Stop()
+		for told := (*VerifyProgress)(nil); ; {
+			select {
+			case <-ticker.C:
+			case <-ctx.Done():
+				return
+			}
+			there, err := true, error(nil)
+			if now := reached.Load(); now != told {
+				there, err = r.changeOrder(ctx, lease, key, func(o *order) { o.Progress = now })
+				told = now
+			} else {
+				err = r.engine.state.View(ctx, func(tx StateTx) (err error) {
+					_, there, err = tx.Get(orderTable(r.unit), key)
+					return err
+				})
+			}
+			if err == nil && !there || errors.Is(err, ErrFenced) {
+				cancel()
 				return
 			}
 		}
-	}
+	})
+	v, err := r.verification(ctx, func(p VerifyProgress) { reached.Store(&p) })
+	cancel()
+	telling.Wait()
+	return v, err
 }

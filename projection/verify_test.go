@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"iter"
 	"math/rand/v2"
+	"os"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -267,5 +269,112 @@ func TestAdmin_Verify(t *testing.T) {
 		defer cancel()
 		_, err = admin.Verify(ctx, "balances")
 		require.ErrorIs(t, err, context.DeadlineExceeded)
+	})
+}
+
+// Rows that do not fit into memory are compared all the same, and it is told how
+// far that is.
+func TestVerify_MoreThanFits(t *testing.T) {
+	verifiesMoreThanFits := func(t *testing.T, store backend) {
+		dir := t.TempDir()
+		t.Setenv("TMPDIR", dir)
+		const accounts = 3000
+		owner := projection.Index("owner", func(b balance) string { return b.Owner })
+		view := balances().Indexed(owner)
+		for n := range accounts {
+			put(t, store, account(fmt.Sprintf("%05d", n*7919%accounts)), opened{fmt.Sprint("owner ", n%10)}, deposited{int64(n)})
+		}
+		r := start(t, store, store, projection.Options{CacheBytes: 4000, BatchEvents: 100}, view)
+		defer r.stop()
+		r.caughtUp(t, store, "balances")
+		var told []projection.VerifyProgress
+		verify := func() projection.Verification {
+			t.Helper()
+			told = nil
+			v, err := r.Verify(t.Context(), "balances", projection.WithProgress(func(p projection.VerifyProgress) {
+				told = append(told, p)
+				left, err := os.ReadDir(dir)
+				require.NoError(t, err)
+				require.Empty(t, left, "a process that is killed now leaves nothing")
+			}))
+			require.NoError(t, err)
+			return v
+		}
+		v := verify()
+		require.True(t, v.Agrees(), v.String())
+		require.Equal(t, []int{accounts, accounts}, []int{v.Rows, v.Entries})
+		require.Greater(t, len(told), 2*accounts/100)
+		for i, p := range told {
+			require.Equal(t, []int{1, 1}, []int{p.Part, p.Parts})
+			require.EqualValues(t, 2*accounts, p.Through)
+			if i > 0 {
+				require.GreaterOrEqual(t, p.Position, told[i-1].Position)
+				require.GreaterOrEqual(t, p.Rows, told[i-1].Rows)
+			}
+		}
+		require.EqualValues(t, 2*accounts, told[len(told)-1].Position)
+		require.Equal(t, accounts/1024*1024, told[len(told)-1].Rows)
+
+		require.NoError(t, store.Update(t.Context(), func(tx projection.StateTx) error {
+			return errors.Join(tx.Put("view.balances", "02000", []byte(`{}`)), tx.Delete("view.balances", "01000"),
+				tx.Delete("view.balances", "02999"), tx.Put("view.balances", "zzz", []byte(`{}`)))
+		}))
+		v = verify()
+		require.Equal(t, []int{2, 1, 1}, []int{v.Missing, v.Extra, v.Changed})
+		require.Equal(t, "01000", v.First.Key)
+
+		// It ends when it is told to, at whatever time.
+		for _, at := range []int{1, 30, len(told) - 1} {
+			ctx, cancel := context.WithCancel(t.Context())
+			calls := 0
+			_, err := r.Verify(ctx, "balances", projection.WithProgress(func(projection.VerifyProgress) {
+				if calls++; calls == at {
+					cancel()
+				}
+			}))
+			require.ErrorIs(t, err, context.Canceled)
+			require.Less(t, calls, at+20)
+		}
+	}
+	for name, open := range backends {
+		t.Run(name, func(t *testing.T) { verifiesMoreThanFits(t, open(t)) })
+	}
+}
+
+// Who has it done elsewhere is told how far it is, and when nobody waits any more
+// it ends.
+func TestAdmin_VerifyProgress(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &shared{Store: memory.New()}
+		defer store.Close()
+		slow, folded := atomic.Bool{}, atomic.Int64{}
+		view := projection.View("v", projection.On(func(*balance, deposited) {
+			if folded.Add(1); slow.Load() {
+				time.Sleep(10 * time.Second)
+			}
+		}))
+		put(t, store, account("ann"), deposited{1}, deposited{2}, deposited{3})
+		r := start(t, store, store, projection.Options{BatchEvents: 1}, view)
+		defer r.stop()
+		r.caughtUp(t, store, "v")
+		slow.Store(true)
+		admin := projection.NewAdmin(store, "tester")
+		var told []projection.VerifyProgress
+		v, err := admin.Verify(t.Context(), "v", projection.WithProgress(func(p projection.VerifyProgress) { told = append(told, p) }))
+		require.NoError(t, err)
+		require.True(t, v.Agrees())
+		require.Equal(t, []projection.VerifyProgress{{Part: 1, Parts: 1, Position: 1, Through: 3}, {Part: 1, Parts: 1, Position: 2, Through: 3}}, told)
+
+		begun := folded.Load()
+		ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+		defer cancel()
+		_, err = admin.Verify(ctx, "v")
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		time.Sleep(time.Minute)
+		require.EqualValues(t, 2, folded.Load()-begun, "the third event was not folded")
+		v, err = admin.Verify(t.Context(), "v")
+		require.NoError(t, err)
+		require.True(t, v.Agrees())
 	})
 }

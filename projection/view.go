@@ -24,12 +24,19 @@ type ViewDefinition[R any] struct {
 	name     string
 	handlers map[string]*viewHandler[R] // by current event type
 	category string                     // of Of; empty otherwise
+	parts    int
+	version  int // 0 is 1
+	heldBack bool
+	inlined  bool
+	indexes  []*rowIndex[R]
+	parkedBy func(eventstore.Recorded) string // nil: see ParkedBy
 	mistakes []error
 }
 
 // viewHandler folds one event type.
 type viewHandler[R any] struct {
 	decode func(enc *eventstore.Encoding, r *eventstore.Recorded) (any, error)
+	shared reflect.Type                                     // see kind
 	keys   func(value any, r *eventstore.Recorded) []string // nil: the stream's id
 	fold   func(enc *eventstore.Encoding, row *R, key string, value any, r *eventstore.Recorded) error
 	remove bool
@@ -45,7 +52,7 @@ type ViewPart[R any] func(*ViewDefinition[R])
 // The name may have ASCII letters, digits, '.', '_' and '-'. It names what is
 // stored: a view with another name is another view, filled from the beginning
 // of the log. A view whose handlers have changed keeps the rows that the old
-// ones made until [Engine.Rebuild].
+// ones made: give it another [ViewDefinition.Version], which is built beside them.
 func View[R any](name string, parts ...ViewPart[R]) *ViewDefinition[R] {
 	v := &ViewDefinition[R]{name: name, handlers: map[string]*viewHandler[R]{}}
 	v.check()
@@ -82,7 +89,7 @@ func handle[R any, E Event](h viewHandler[R]) ViewPart[R] {
 			v.mistake("%w: event type %q has two handlers: merge them, or make two views", eventstore.ErrInvalid, k.name)
 			return
 		}
-		h.decode = decodeInto[E](k)
+		h.decode, h.shared = decodeInto[E](k), k.shared
 		v.handlers[k.name] = &h
 	}
 }
@@ -186,14 +193,44 @@ func Of[S any](name string, fold Foldable[S]) *ViewDefinition[S] {
 	return v
 }
 
-// Name returns the view's name.
-func (v *ViewDefinition[R]) Name() string { return v.name }
+// Name returns the view's name, with its version if that is not 1, as in
+// "report/v2".
+func (v *ViewDefinition[R]) Name() string { return versionName(v.name, v.version) }
 
 // Err returns the mistakes in the definition, joined; nil if there are none.
-func (v *ViewDefinition[R]) Err() error { return mistakes(v.name, v.mistakes) }
+func (v *ViewDefinition[R]) Err() error {
+	return mistakes(v.Name(), v.mistakes, checkInline(v.inlined, v.parts, v.version))
+}
 
-func (v *ViewDefinition[R]) selection(enc *eventstore.Encoding) eventstore.Query {
-	return eventstore.Match(eventstore.Item{Category: v.category, Types: enc.StoredTypes(sortedKeys(v.handlers)...)})
+// Partitioned returns the view divided into n parts, 1 to 128, that are folded
+// at the same time, here and in other processes that share the state; 1 is the
+// default. A row belongs to one of them, by its key, so each row gets its events
+// in order. Rows of different parts may be at different positions: whoever reads
+// with query.AtLeast waits for all.
+//
+// The number is part of what is stored: another one needs another [ViewDefinition.Version].
+func (v *ViewDefinition[R]) Partitioned(n int) *ViewDefinition[R] {
+	w := *v
+	w.parts = n
+	if err := checkPartitions(n); err != nil {
+		w.mistakes = append(slices.Clip(w.mistakes), err)
+	}
+	return &w
+}
+
+func (v *ViewDefinition[R]) partitions() int { return v.parts }
+
+func (v *ViewDefinition[R]) selection(enc *eventstore.Encoding, p partition) eventstore.Query {
+	i := eventstore.Item{Category: v.category, Types: enc.StoredTypes(sortedKeys(v.handlers)...)}
+	if v.category != "" {
+		i.Slices = p.slices() // a row of Of is a stream
+	}
+	return eventstore.Match(i)
+}
+
+// owns reports whether the row of the key belongs to the partition.
+func (v *ViewDefinition[R]) owns(p partition, key string) bool {
+	return p.of <= 1 || p.owns(eventstore.Stream{Category: v.category, ID: key})
 }
 
 // Entry is a row of a view and its key.
@@ -206,6 +243,10 @@ type Entry[R any] struct {
 // Package query is the comfortable way to read views.
 func (v *ViewDefinition[R]) Row(tx StateTx, key string) (R, bool, error) {
 	var row R
+	v, err := v.reading(tx)
+	if err != nil {
+		return row, false, err
+	}
 	data, ok, err := tx.Get(v.table(), key)
 	if err != nil || !ok {
 		return row, false, err
@@ -218,6 +259,11 @@ func (v *ViewDefinition[R]) Row(tx StateTx, key string) (R, bool, error) {
 // the state.
 func (v *ViewDefinition[R]) Rows(tx StateTx, r Range) iter.Seq2[Entry[R], error] {
 	return func(yield func(Entry[R], error) bool) {
+		v, err := v.reading(tx)
+		if err != nil {
+			yield(Entry[R]{}, err)
+			return
+		}
 		for stored, err := range tx.Scan(v.table(), r) {
 			entry := Entry[R]{Key: stored.Key}
 			if err == nil {
@@ -230,11 +276,11 @@ func (v *ViewDefinition[R]) Rows(tx StateTx, r Range) iter.Seq2[Entry[R], error]
 	}
 }
 
-func (v *ViewDefinition[R]) table() string { return "view." + v.name }
+func (v *ViewDefinition[R]) table() string { return "view." + v.Name() }
 
 func (v *ViewDefinition[R]) decodeRow(key string, data []byte, row *R) error {
 	if err := eventstore.JSON().Unmarshal(data, row); err != nil {
-		return fmt.Errorf("row %q of view %q does not decode into %T: its shape has changed: rebuild the view: %w", key, v.name, *row, errors.Join(errRowShape, err))
+		return fmt.Errorf("row %q of view %q does not decode into %T: its shape has changed: rebuild the view: %w", key, v.Name(), *row, errors.Join(errRowShape, err))
 	}
 	return nil
 }

@@ -1,9 +1,11 @@
 package projection_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -154,7 +156,7 @@ func TestEngine_Status(t *testing.T) {
 		status, err := engine.Status(t.Context())
 		require.NoError(t, err)
 		require.Equal(t, []projection.Status{{
-			Name: "balances", Phase: projection.PhaseStopped, Head: 3, LagEvents: 3, Lag: 2 * time.Minute,
+			Name: "balances", Phase: projection.PhaseStopped, Head: 3, LagEvents: 3, Lag: 2 * time.Minute, Version: 1, Active: true,
 		}}, status, "the lag is the age of the oldest event not yet considered")
 
 		r := start(t, store, store, projection.Options{}, balances())
@@ -162,7 +164,7 @@ func TestEngine_Status(t *testing.T) {
 		synctest.Wait()
 		status, err = r.Status(t.Context())
 		require.NoError(t, err)
-		require.Equal(t, []projection.Status{{Name: "balances", Phase: projection.PhaseLive, Position: 3, Head: 3}}, status)
+		require.Equal(t, []projection.Status{{Name: "balances", Phase: projection.PhaseLive, Position: 3, Head: 3, Version: 1, Active: true}}, status)
 		require.NoError(t, r.stop())
 
 		// Another engine knows from the checkpoint.
@@ -202,6 +204,41 @@ func TestRun_Twice(t *testing.T) {
 	require.EqualError(t, r.Workers()[0].Run(t.Context()), `projection "balances" runs already`)
 	r.caughtUp(t, store, "balances")
 	require.NoError(t, r.stop())
+}
+
+// What is asked for just before the projection runs is done first.
+func TestRun_WhileAsked(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memory.New()
+		defer store.Close()
+		put(t, store, account("ann"), deposited{1})
+		var held atomic.Bool
+		held.Store(true)
+		asking, goOn := make(chan struct{}), make(chan struct{})
+		state := &hookedState{State: store, update: func(ctx context.Context, fn func(projection.StateTx) error) error {
+			if held.CompareAndSwap(true, false) {
+				close(asking)
+				<-goOn
+			}
+			return store.Update(ctx, fn)
+		}}
+		engine := projection.NewEngine(store, state, projection.Options{Logger: quiet})
+		require.NoError(t, engine.Add(balances()))
+		asked, ran := make(chan error, 1), make(chan error, 1)
+		go func() { asked <- engine.Rebuild(t.Context(), "balances") }()
+		<-asking
+		ctx, cancel := context.WithCancel(t.Context())
+		worker := engine.Workers()[0]
+		go func() { ran <- worker.Run(ctx) }()
+		synctest.Wait()
+		require.Empty(t, ran, "it waits")
+		close(goOn)
+		require.NoError(t, <-asked)
+		require.NoError(t, worker.WaitThrough(t.Context(), 1))
+		cancel()
+		require.NoError(t, <-ran)
+	})
 }
 
 // Rows do not depend on how the cache forgets.
@@ -299,5 +336,76 @@ func TestOnKeyed_RowsDoNotShareTheEvent(t *testing.T) {
 		r.caughtUp(t, store, "orders")
 		require.Equal(t, map[string]order{"a": {[]int{2}}, "b": {[]int{1}}, "c": {[]int{3}}}, rows(t, store, orders))
 		require.NoError(t, r.stop())
+	})
+}
+
+// Slow handlers do not keep a whole batch from being written.
+func TestView_BatchesAreBoundedInTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := memory.New()
+		defer store.Close()
+		for i := range 100 {
+			put(t, store, account(fmt.Sprint("a", i%7)), deposited{int64(i)})
+		}
+		batches := 0
+		state := &hookedState{State: store, update: func(ctx context.Context, fn func(projection.StateTx) error) error {
+			batches++
+			return store.Update(ctx, fn)
+		}}
+		view := projection.View("balances", projection.OnMeta(func(b *balance, e deposited, r eventstore.Recorded) {
+			time.Sleep(50 * time.Millisecond)
+			b.Cents += e.Cents
+			b.Seen = append(b.Seen, r.Version)
+		}))
+		r := start(t, store, state, projection.Options{BatchTime: 500 * time.Millisecond}, view)
+		began := time.Now()
+		require.NoError(t, r.WaitFor(t.Context(), "balances", 10))
+		require.LessOrEqual(t, time.Since(began), time.Second)
+		r.caughtUp(t, store, "balances")
+		require.Equal(t, folded(t, store), rows(t, store, view))
+		require.Less(t, batches, 12, "and they are no smaller than that")
+		verified(t, store, view)
+		require.NoError(t, r.stop())
+	})
+}
+
+// What is folded on demand is what would be stored.
+func TestLive(t *testing.T) {
+	onBackends(t, func(t *testing.T, open func(*testing.T) backend) {
+		store := open(t)
+		for i := range 300 {
+			put(t, store, account(fmt.Sprint("a", i%3)), deposited{int64(i)})
+		}
+		put(t, store, account("a2"), &closed{})
+		engine := projection.NewEngine(store, nil, projection.Options{BatchEvents: 7, Logger: quiet})
+		should := folded(t, store)
+		for _, view := range []*projection.ViewDefinition[balance]{balances(), balances().Version(3).Partitioned(4)} {
+			for i := range 2 {
+				id := fmt.Sprint("a", i)
+				row, found, err := projection.Live(t.Context(), engine, view, account(id))
+				require.NoError(t, err)
+				require.True(t, found)
+				require.Equal(t, should[id], row)
+			}
+			_, found, err := projection.Live(t.Context(), engine, view, account("a2"))
+			require.NoError(t, err)
+			require.False(t, found, "it was closed")
+			_, found, err = projection.Live(t.Context(), engine, view, account("nobody"))
+			require.NoError(t, err)
+			require.False(t, found)
+		}
+		require.NoError(t, store.View(t.Context(), func(tx projection.StateTx) error {
+			for range tx.Scan("view.balances", projection.Range{}) {
+				t.Error("nothing is stored")
+			}
+			return nil
+		}))
+		_, _, err := projection.Live(t.Context(), engine, spread(1, never), account("a1"))
+		require.ErrorIs(t, err, eventstore.ErrInvalid)
+		require.ErrorContains(t, err, "made from many streams")
+		picky := projection.View("picky", projection.On(func(*balance, deposited) { panic("no") }))
+		_, _, err = projection.Live(t.Context(), engine, picky, account("a1"))
+		require.ErrorContains(t, err, `event "account.deposited" at position 2 of stream "account-a1": handler panicked: no`)
 	})
 }

@@ -4,19 +4,24 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime/debug"
 	"slices"
+	"time"
 
 	"github.com/deed-go/deed/eventstore"
 )
 
-func (v *ViewDefinition[R]) open(state State, o *Options) folder {
+func (v *ViewDefinition[R]) open(state State, o *Options, p partition) folder {
 	return &viewFolder[R]{
-		view:  v,
-		state: state,
-		enc:   o.Encoding,
-		kinds: map[string]*viewHandler[R]{},
-		rows:  newRowCache[R](o.CacheBytes),
+		view:   v,
+		part:   p,
+		state:  state,
+		within: o.BatchTime,
+		enc:    o.Encoding,
+		kinds:  map[string]*viewHandler[R]{},
+		rows:   newRowCache[R](o.CacheBytes),
+		logger: o.Logger,
 	}
 }
 
@@ -26,17 +31,24 @@ func (v *ViewDefinition[R]) open(state State, o *Options) folder {
 // the lease has moved on, the update fails as a whole and the remembered rows
 // are dropped.
 type viewFolder[R any] struct {
-	view  *ViewDefinition[R]
-	state State
-	enc   *eventstore.Encoding
-	rows  *rowCache[R]
+	view   *ViewDefinition[R]
+	part   partition
+	state  State
+	within time.Duration // of one batch's handlers; 0: however long they take
+	enc    *eventstore.Encoding
+	rows   *rowCache[R]
 	// kinds finds the handler of a stored type; used by apply alone.
-	kinds map[string]*viewHandler[R]
+	kinds  map[string]*viewHandler[R]
+	logger *slog.Logger
+	// arranged: the marks of the indexes are those of the definition. unready: some
+	// are not built.
+	arranged, unready bool
 
 	// What follows belongs to one apply; it is kept for its memory.
 	touches []touch[R]
 	missing []*cachedRow[R]
 	changed []*cachedRow[R]
+	entries []entryChange
 }
 
 // touch is an event's turn on one row.
@@ -56,77 +68,172 @@ func (f *viewFolder[R]) decode(it *item) {
 	if !ok {
 		return
 	}
-	if h.decode != nil && !h.remove {
-		it.value, it.problem = guard(func() (any, error) { return h.decode(f.enc, it.event) })
+	if h.keys == nil && !f.view.owns(f.part, it.event.Stream.ID) {
+		it.foreign = true
+		return
 	}
-	if h.keys != nil && it.problem == nil {
+	if h.decode != nil && !h.remove {
+		it.decodeWith(h.shared, func() (any, error) { return h.decode(f.enc, it.event) })
+	}
+	if h.keys != nil && it.problem == nil && !it.elsewhere {
 		it.keys, it.problem = guard(func() ([]string, error) { return h.keys(it.value, it.event), nil })
 		if it.problem == nil && slices.Contains(it.keys, "") {
-			it.problem = errEmptyKey
+			// What it would touch is not known: it holds back its stream.
+			it.keys, it.problem = nil, errEmptyKey
+		}
+		if it.problem == nil && f.part.of > 1 {
+			// The function's own slice, which it may keep, stays as it is.
+			it.keys = slices.DeleteFunc(slices.Clone(it.keys), func(key string) bool { return !f.view.owns(f.part, key) })
+			it.foreign = len(it.keys) == 0
 		}
 	}
 }
 
-func (f *viewFolder[R]) setup(context.Context, StateTx) error { return nil }
+func (f *viewFolder[R]) setup(_ context.Context, tx StateTx) error {
+	f.arranged = true
+	return f.arrange(tx)
+}
 
 func (f *viewFolder[R]) forget() {
 	f.rows.forget()
+	f.arranged = false // whether what was done for that was committed is not known either
 }
 
-func (f *viewFolder[R]) fresh() { f.rows.startEmpty() }
+func (f *viewFolder[R]) fresh() {
+	f.rows.startEmpty()
+	f.arranged = true // without rows there is nothing to be wrong
+}
 
 func (f *viewFolder[R]) clear(_ context.Context, tx StateTx) error {
-	return tx.Clear(f.view.table())
+	if err := f.clearIndexes(tx); err != nil {
+		return err
+	}
+	if f.part.of <= 1 {
+		return tx.Clear(f.view.table())
+	}
+	var own []string
+	for row, err := range tx.Scan(f.view.table(), Range{}) {
+		if err != nil {
+			return err
+		}
+		if f.view.owns(f.part, row.Key) {
+			own = append(own, row.Key)
+		}
+	}
+	for _, key := range own {
+		if err := tx.Delete(f.view.table(), key); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (f *viewFolder[R]) apply(ctx context.Context, _ Lease, items []item, seal func(tx StateTx, n int) error) (int, error) {
 	if err := f.load(ctx, items); err != nil {
 		return 0, err
 	}
-	if err := f.fold(items); err != nil {
+	n, err := f.fold(items)
+	if err != nil {
 		return 0, err
 	}
 	if err := f.encode(); err != nil {
 		return 0, err
 	}
-	table := f.view.table()
 	if err := f.state.Update(ctx, func(tx StateTx) error {
-		if err := seal(tx, len(items)); err != nil {
+		if err := seal(tx, n); err != nil {
 			return err
 		}
-		for _, c := range f.changed {
-			var err error
-			if c.encoded != nil {
-				err = tx.Put(table, c.key, c.encoded)
-			} else {
-				err = tx.Delete(table, c.key)
-			}
-			if err != nil {
+		if !f.arranged {
+			if err := f.arrange(tx); err != nil {
 				return err
 			}
 		}
-		return nil
+		return f.write(tx)
 	}); err != nil {
 		return 0, err
 	}
+	f.arranged = true
+	f.written()
+	return n, nil
+}
+
+// write writes what has changed.
+func (f *viewFolder[R]) write(tx StateTx) error {
+	table := f.view.table()
 	for _, c := range f.changed {
+		var err error
+		if c.encoded != nil {
+			err = tx.Put(table, c.key, c.encoded)
+		} else {
+			err = tx.Delete(table, c.key)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return f.writeEntries(tx)
+}
+
+// written takes what write has written for what is stored.
+func (f *viewFolder[R]) written() {
+	for _, c := range f.changed {
+		c.entries, c.next = c.next, nil
 		f.rows.resize(c, len(c.encoded))
 		c.changed, c.encoded = false, nil
 	}
 	f.rows.age()
-	return len(items), nil
+}
+
+// applyIn implements folder.
+func (f *viewFolder[R]) applyIn(_ context.Context, tx StateTx, items []item) error {
+	f.within = 0
+	f.find(items)
+	if err := f.fetch(tx); err != nil {
+		return err
+	}
+	if _, err := f.fold(items); err != nil {
+		return err
+	}
+	if err := f.encode(); err != nil {
+		return err
+	}
+	if err := f.write(tx); err != nil {
+		return err
+	}
+	f.written()
+	return nil
+}
+
+// reads implements folder.
+func (f *viewFolder[R]) reads(items []item) (table string, keys []string) {
+	f.find(items)
+	for _, c := range f.missing {
+		keys = append(keys, c.key)
+	}
+	f.forget()
+	return f.view.table(), keys
 }
 
 // load finds the rows that the items touch, and reads those that the cache
 // does not know.
 func (f *viewFolder[R]) load(ctx context.Context, items []item) error {
+	f.find(items)
+	if len(f.missing) == 0 || f.rows.complete {
+		return nil
+	}
+	return f.state.View(ctx, f.fetch)
+}
+
+// find finds the rows that the items touch, and which of them are missing.
+func (f *viewFolder[R]) find(items []item) {
 	clear(f.touches)
 	clear(f.missing)
 	clear(f.changed)
-	f.touches, f.missing, f.changed = f.touches[:0], f.missing[:0], f.changed[:0]
+	clear(f.entries)
+	f.touches, f.missing, f.changed, f.entries = f.touches[:0], f.missing[:0], f.changed[:0], f.entries[:0]
 	for i := range items {
 		it := &items[i]
-		if it.parked {
+		if it.parked || it.foreign {
 			continue
 		}
 		h, ok := f.kindOf(it.event.Type)
@@ -144,26 +251,28 @@ func (f *viewFolder[R]) load(ctx context.Context, items []item) error {
 			}
 		}
 	}
+}
+
+// fetch reads what is missing.
+func (f *viewFolder[R]) fetch(tx StateTx) error {
 	if len(f.missing) == 0 || f.rows.complete {
 		return nil
 	}
-	table := f.view.table()
-	return f.state.View(ctx, func(tx StateTx) error {
-		var failed error
-		keys := make([]string, len(f.missing))
-		for i, c := range f.missing {
-			keys[i] = c.key
+	var failed error
+	keys := make([]string, len(f.missing))
+	for i, c := range f.missing {
+		keys[i] = c.key
+	}
+	err := getAll(tx, f.view.table(), keys, func(i int, data []byte) {
+		c := f.missing[i]
+		c.row = new(R)
+		if err := f.view.decodeRow(c.key, data, c.row); err != nil && failed == nil {
+			failed = err
 		}
-		err := getAll(tx, table, keys, func(i int, data []byte) {
-			c := f.missing[i]
-			c.row = new(R)
-			if err := f.view.decodeRow(c.key, data, c.row); err != nil && failed == nil {
-				failed = err
-			}
-			f.rows.resize(c, len(data))
-		})
-		return errors.Join(failed, err)
+		c.entries, c.noEntries = f.view.entriesOf(c.key, data)
+		f.rows.resize(c, len(data))
 	})
+	return errors.Join(failed, err)
 }
 
 func (f *viewFolder[R]) touch(item int, h *viewHandler[R], key string) {
@@ -185,17 +294,31 @@ func (f *viewFolder[R]) kindOf(storedType string) (*viewHandler[R], bool) {
 	return h, h != nil
 }
 
-func (f *viewFolder[R]) fold(items []item) error {
+// clockEvery is after how many turns it is looked whether the time is up.
+const clockEvery = 8
+
+// fold gives the events to their handlers, and returns the number of items that are
+// done when their time is up.
+func (f *viewFolder[R]) fold(items []item) (int, error) {
+	began := time.Now()
 	for i := range f.touches {
 		t := &f.touches[i]
+		if i%clockEvery == 0 && i > 0 && f.within > 0 && time.Since(began) > f.within {
+			if n := t.item; n > 0 && f.touches[i-1].item < n {
+				return n, nil
+			}
+		}
 		it, c := &items[t.item], t.row
 		if it.problem != nil {
-			return &handlerError{index: t.item, cause: it.problem}
+			return 0, &handlerError{index: t.item, cause: it.problem}
 		}
 		c.by = t.item
 		if !c.changed {
 			c.changed = true
 			f.changed = append(f.changed, c)
+			if c.noEntries != nil {
+				return 0, &handlerError{index: t.item, cause: c.noEntries}
+			}
 		}
 		if t.handler.remove {
 			c.row = nil
@@ -205,21 +328,29 @@ func (f *viewFolder[R]) fold(items []item) error {
 			c.row = new(R)
 		}
 		if err := f.call(t.handler, c.row, c.key, it); err != nil {
-			return &handlerError{index: t.item, cause: err}
+			return 0, &handlerError{index: t.item, cause: err}
 		}
 	}
-	return nil
+	return len(items), nil
 }
 
 func (f *viewFolder[R]) encode() error {
 	for _, c := range f.changed {
 		if c.row == nil {
+			f.noteEntries(c)
 			continue
 		}
 		var err error
 		if c.encoded, err = guard(func() ([]byte, error) { return eventstore.JSON().Marshal(c.row) }); err != nil {
-			return &handlerError{index: c.by, cause: fmt.Errorf("row %q of view %q does not encode: %w", c.key, f.view.name, err)}
+			return &handlerError{index: c.by, cause: fmt.Errorf("row %q of view %q does not encode: %w", c.key, f.view.Name(), err)}
 		}
+		if c.next, err = f.view.entriesOf(c.key, c.encoded); err != nil {
+			return &handlerError{index: c.by, cause: err}
+		}
+		f.noteEntries(c)
+	}
+	if len(f.entries) > 1 {
+		slices.SortFunc(f.entries, func(a, b entryChange) int { return compareEntries(a.indexEntry, b.indexEntry) })
 	}
 	return nil
 }
@@ -237,7 +368,7 @@ func (f *viewFolder[R]) call(h *viewHandler[R], row *R, key string, it *item) (e
 			return err
 		}
 	}
-	it.used = true
+	it.used = h.shared == nil
 	return h.fold(f.enc, row, key, value, it.event)
 }
 

@@ -9,6 +9,20 @@
 //	page, err := query.List(ctx, app, balances, query.Prefix("a"), query.Limit(20))
 //	for entry, err := range query.All(ctx, app, balances) { … }
 //
+// [Where] and [OrderBy] look at every row. [By] reads an index that the view
+// declares, or a part of it, in its order and page by page, and looks at no others:
+//
+//	var byOwner = projection.Index("owner", func(b Balance) string { return b.Owner })
+//	var byCents = projection.Index("cents", func(b Balance) int64 { return b.Cents })
+//	var balances = projection.Of("balances", accounts).Indexed(byOwner, byCents)
+//
+//	page, err := query.List(ctx, app, balances, query.By(byOwner.Is("ann")))
+//	page, err = query.List(ctx, app, balances, query.By(byCents.AtLeast(100)), query.Backward(), query.Limit(20))
+//	page, err = query.List(ctx, app, balances, query.By(byCents.AtLeast(100)), query.Backward(), query.Limit(20), query.After(page.Next))
+//
+// A page costs what its rows cost, however many there are before it. Together with
+// By, Where passes by what it does not keep, and OrderBy sorts what the index finds.
+//
 // Read models follow the log; a query right after a command may not see its
 // effect yet. [AtLeast] waits until it does:
 //

@@ -26,6 +26,7 @@ type listing struct {
 	backward bool
 	where    any
 	order    any
+	by       projection.Selection
 	mistake  error
 }
 
@@ -46,16 +47,39 @@ func Limit(rows int) ListOption {
 	})
 }
 
+// By reads the rows of an index of the view, or of a part of it, and no others,
+// in the order of the index, those of equal keys in the order of their own:
+//
+//	query.List(ctx, app, accounts, query.By(byBalance.AtLeast(100)), query.Backward(), query.Limit(20))
+//
+// A row that has several keys in that part comes once for each, unless [OrderBy]
+// sorts the rows. [Prefix] and [Where] pass by what they do not keep of it. An index
+// that is not one of the view is refused; as long as its entries are not there, the
+// error wraps [projection.ErrIndexNotBuilt].
+func By(selection projection.Selection) ListOption {
+	return listOption(func(l *listing) {
+		if selection == nil {
+			l.mistake = fmt.Errorf("%w: query.By was given nil", eventstore.ErrInvalid)
+			return
+		}
+		if l.by != nil {
+			l.mistake = fmt.Errorf("%w: query.By was given twice: rows are read by one index; filter them further with query.Where, or index them by both, with projection.CompositeIndex", eventstore.ErrInvalid)
+		}
+		l.by = selection
+	})
+}
+
 // After continues where an earlier page ended, given its Next. The other
-// options must be those of that page.
+// options must be those of that page: the order of another index, or the other
+// direction, is refused.
 func After(next string) ListOption { return listOption(func(l *listing) { l.cursor = next }) }
 
 // Backward returns the last rows first.
 func Backward() ListOption { return listOption(func(l *listing) { l.backward = true }) }
 
 // Where keeps the rows for which keep returns true. It reads every row (of the
-// prefix) until the limit is reached; a view keyed by what you look for is the
-// index that avoids it. Given several times, all must hold. R is the view's
+// prefix, or of the part of an index) until the limit is reached; see [By] for what
+// avoids it. Given several times, all must hold. R is the view's
 // row type; another one is an error.
 func Where[R any](keep func(key string, row R) bool) ListOption {
 	return listOption(func(l *listing) {
@@ -72,9 +96,9 @@ func Where[R any](keep func(key string, row R) bool) ListOption {
 }
 
 // OrderBy sorts the rows; those that compare equal are in the order of their
-// keys. It reads and keeps every row (of the prefix, and for which Where
-// holds), whatever the limit. Without it rows are in the byte order of their
-// keys.
+// keys. It reads and keeps every row (of the prefix or the part of an index, and
+// for which Where holds), whatever the limit; see [By] for what avoids it. Without
+// either, rows are in the byte order of their keys.
 func OrderBy[R any](compare func(a, b R) int) ListOption {
 	return listOption(func(l *listing) { l.order = compare })
 }
@@ -98,14 +122,19 @@ type plan[R any] struct {
 	listing
 	keep    func(string, R) bool
 	compare func(a, b Entry[R]) int // nil: by key
-	after   *Entry[R]
+	after   *placed[R]
 }
 
+// placed is a row with its place in the index that it was found by, if it was.
+type placed[R any] = projection.IndexedRow[R]
+
 // cursor is what Page.Next says: the last entry of the page, with its row
-// when the order depends on it.
+// when the order depends on it, or its place when that is an index's.
 type cursor struct {
-	Key string          `json:"k"`
-	Row json.RawMessage `json:"r,omitempty"`
+	Key      []byte          `json:"key"`
+	Row      json.RawMessage `json:"r,omitempty"`
+	Place    []byte          `json:"p,omitempty"`
+	Backward bool            `json:"b,omitempty"`
 }
 
 func newPlan[R any](options []ListOption) (*plan[R], error) {
@@ -144,13 +173,22 @@ func newPlan[R any](options []ListOption) (*plan[R], error) {
 	if err == nil {
 		err = json.Unmarshal(data, &c)
 	}
-	if err == nil && c.Key == "" {
+	switch {
+	case err != nil:
+	case len(c.Key) == 0:
 		err = errors.New("it names no row")
-	}
-	if err == nil && p.compare != nil && c.Row == nil {
+	case p.compare != nil && c.Row == nil:
 		err = errors.New("it comes from a list without OrderBy")
+	case p.compare == nil && c.Row != nil:
+		err = errors.New("it comes from a list with OrderBy")
+	case p.indexed() && len(c.Place) == 0:
+		err = errors.New("it comes from a list without By")
+	case !p.indexed() && len(c.Place) > 0:
+		err = errors.New("it comes from a list in the order of an index")
+	case c.Backward != p.backward:
+		err = errors.New("it comes from a list in the other direction")
 	}
-	p.after = &Entry[R]{Key: c.Key}
+	p.after = &placed[R]{Entry: Entry[R]{Key: string(c.Key)}, Place: string(c.Place)}
 	if err == nil && p.compare != nil {
 		err = json.Unmarshal(c.Row, &p.after.Row)
 	}
@@ -160,9 +198,15 @@ func newPlan[R any](options []ListOption) (*plan[R], error) {
 	return p, nil
 }
 
+// indexed: the rows are in the order of an index.
+func (p *plan[R]) indexed() bool { return p.by != nil && p.compare == nil }
+
 // next makes the cursor that continues after the entry.
-func (p *plan[R]) next(last Entry[R]) (string, error) {
-	c := cursor{Key: last.Key}
+func (p *plan[R]) next(last placed[R]) (string, error) {
+	c := cursor{Key: []byte(last.Key), Backward: p.backward}
+	if p.indexed() {
+		c.Place = []byte(last.Place)
+	}
 	if p.compare != nil {
 		row, err := json.Marshal(last.Row)
 		if err != nil {
@@ -176,19 +220,35 @@ func (p *plan[R]) next(last Entry[R]) (string, error) {
 
 // rows yields what the plan selects, in order, one more than the limit, so
 // that the caller sees whether there is more.
-func (p *plan[R]) rows(ctx context.Context, tx projection.StateTx, view *projection.ViewDefinition[R]) iter.Seq2[Entry[R], error] {
-	r := projection.Range{Prefix: p.prefix}
+func (p *plan[R]) rows(ctx context.Context, tx projection.StateTx, view *projection.ViewDefinition[R]) iter.Seq2[placed[R], error] {
 	if p.compare == nil {
-		r.Backward = p.backward
-		if p.after != nil {
-			r.After = p.after.Key
+		return p.matching(ctx, tx, view)
+	}
+	return func(yield func(placed[R], error) bool) {
+		var all []placed[R]
+		for e, err := range p.matching(ctx, tx, view) {
+			if err != nil {
+				yield(e, err)
+				return
+			}
+			all = append(all, e)
 		}
-		if p.keep == nil && p.limit > 0 {
-			r.Limit = p.limit + 1
+		slices.SortFunc(all, func(a, b placed[R]) int { return p.compare(a.Entry, b.Entry) })
+		for i, e := range all {
+			if i > 0 && e.Key == all[i-1].Key {
+				continue // it has several keys in the index
+			}
+			if !yield(e, nil) {
+				return
+			}
 		}
 	}
-	matching := func(yield func(Entry[R], error) bool) {
-		for e, err := range view.Rows(tx, r) {
+}
+
+// matching yields what the plan selects, in the order in which it is read.
+func (p *plan[R]) matching(ctx context.Context, tx projection.StateTx, view *projection.ViewDefinition[R]) iter.Seq2[placed[R], error] {
+	return func(yield func(placed[R], error) bool) {
+		for e, err := range p.stored(tx, view) {
 			if err == nil {
 				err = ctx.Err()
 			}
@@ -199,7 +259,7 @@ func (p *plan[R]) rows(ctx context.Context, tx projection.StateTx, view *project
 			if p.keep != nil && !p.keep(e.Key, e.Row) {
 				continue
 			}
-			if p.compare != nil && p.after != nil && p.compare(e, *p.after) <= 0 {
+			if p.compare != nil && p.after != nil && p.compare(e.Entry, p.after.Entry) <= 0 {
 				continue
 			}
 			if !yield(e, nil) {
@@ -207,21 +267,29 @@ func (p *plan[R]) rows(ctx context.Context, tx projection.StateTx, view *project
 			}
 		}
 	}
+}
+
+// stored yields the rows among which those are that the plan selects.
+func (p *plan[R]) stored(tx projection.StateTx, view *projection.ViewDefinition[R]) iter.Seq2[placed[R], error] {
+	r := projection.Range{Prefix: p.prefix}
 	if p.compare == nil {
-		return matching
-	}
-	return func(yield func(Entry[R], error) bool) {
-		var all []Entry[R]
-		for e, err := range matching {
-			if err != nil {
-				yield(e, err)
-				return
+		r.Backward = p.backward
+		if p.after != nil {
+			r.After = p.after.Key
+			if p.by != nil {
+				r.After = p.after.Place
 			}
-			all = append(all, e)
 		}
-		slices.SortFunc(all, p.compare)
-		for _, e := range all {
-			if !yield(e, nil) {
+		if p.keep == nil && p.limit > 0 {
+			r.Limit = p.limit + 1
+		}
+	}
+	if p.by != nil {
+		return view.RowsBy(tx, p.by, r)
+	}
+	return func(yield func(placed[R], error) bool) {
+		for e, err := range view.Rows(tx, r) {
+			if !yield(placed[R]{Entry: e}, err) {
 				return
 			}
 		}
@@ -229,7 +297,7 @@ func (p *plan[R]) rows(ctx context.Context, tx projection.StateTx, view *project
 }
 
 // List returns the rows of the view that the options select, from one
-// snapshot, by key unless [OrderBy] says otherwise. Without [Limit] that is all
+// snapshot, by key unless [By] or [OrderBy] says otherwise. Without [Limit] that is all
 // of them, in memory; see [All] for many. A [Where] or [OrderBy] for rows of
 // another type is refused.
 func List[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], options ...ListOption) (Page[R], error) {
@@ -238,15 +306,16 @@ func List[R any](ctx context.Context, host Host, view *projection.ViewDefinition
 	if err == nil {
 		err = read(ctx, host, p.conditions, func(tx projection.StateTx) error {
 			page = Page[R]{}
+			var last placed[R]
 			for e, err := range p.rows(ctx, tx, view) {
 				if err != nil {
 					return err
 				}
 				if p.limit > 0 && len(page.Entries) == p.limit {
-					page.Next, err = p.next(page.Entries[p.limit-1])
+					page.Next, err = p.next(last)
 					return err
 				}
-				page.Entries = append(page.Entries, e)
+				last, page.Entries = e, append(page.Entries, e.Entry)
 			}
 			return nil
 		}, view)
@@ -262,7 +331,8 @@ const allPage = 256
 
 // All yields the rows that [List] would return, one by one. It reads some
 // hundred at a time and holds nothing while the body runs, which may query and
-// execute commands. So the rows are in order and none comes twice, but they are
+// execute commands. So the rows are in order and none comes twice, except by an index in which it
+// has moved on meanwhile, but they are
 // not of one moment: a row that changes while the loop is on its way to it is
 // yielded as it is then. Only with [OrderBy], where all rows are read before
 // the first is yielded, and within a [Handler], whose snapshot All uses, are
@@ -279,7 +349,7 @@ func All[R any](ctx context.Context, host Host, view *projection.ViewDefinition[
 					break
 				}
 				n++
-				if !yield(e, nil) || n == p.limit {
+				if !yield(e.Entry, nil) || n == p.limit {
 					return
 				}
 			}
@@ -291,17 +361,17 @@ func All[R any](ctx context.Context, host Host, view *projection.ViewDefinition[
 }
 
 // all yields what the plan selects, in order, whatever its limit.
-func all[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], p *plan[R]) iter.Seq2[Entry[R], error] {
+func all[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], p *plan[R]) iter.Seq2[placed[R], error] {
 	if r, ok := host.(Reader); ok {
-		return func(yield func(Entry[R], error) bool) {
+		return func(yield func(placed[R], error) bool) {
 			if err := r.check(p.conditions, view); err != nil {
-				yield(Entry[R]{}, err)
+				yield(placed[R]{}, err)
 				return
 			}
 			p.rows(ctx, r.tx, view)(yield)
 		}
 	}
-	return func(yield func(Entry[R], error) bool) {
+	return func(yield func(placed[R], error) bool) {
 		for after := p.after; ; {
 			page, more, err := readPage(ctx, host, view, p, after)
 			for _, e := range page {
@@ -319,7 +389,7 @@ func all[R any](ctx context.Context, host Host, view *projection.ViewDefinition[
 				}
 			}
 			if err != nil {
-				yield(Entry[R]{}, err)
+				yield(placed[R]{}, err)
 				return
 			}
 			if !more {
@@ -333,8 +403,8 @@ func all[R any](ctx context.Context, host Host, view *projection.ViewDefinition[
 // readPage returns the rows after the entry, and whether there may be more:
 // every row that the plan selects if it orders them, and else a page of rows
 // that may not all be wanted.
-func readPage[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], p *plan[R], after *Entry[R]) (page []Entry[R], more bool, err error) {
-	of := &plan[R]{listing: listing{prefix: p.prefix, backward: p.backward}, compare: p.compare, after: after}
+func readPage[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], p *plan[R], after *placed[R]) (page []placed[R], more bool, err error) {
+	of := &plan[R]{listing: listing{prefix: p.prefix, backward: p.backward, by: p.by}, compare: p.compare, after: after}
 	most := allPage
 	if p.compare != nil {
 		of.keep = p.keep

@@ -35,9 +35,12 @@ type TimeoutError struct {
 
 // Error names the read model and both positions.
 func (e *TimeoutError) Error() string {
-	return fmt.Sprintf("read model %q is behind: wanted position %d, reached %d within %s: see the status of projection %q, or give it more time with query.Within",
-		e.Projection, e.Wanted, e.Reached, e.Within, e.Projection)
+	return fmt.Sprintf("read model %q is behind by %d positions: wanted position %d, reached %d within %s: see the status of projection %q, or give it more time with query.Within",
+		e.Projection, e.Behind(), e.Wanted, e.Reached, e.Within, e.Projection)
 }
+
+// Behind is how many positions there were to go.
+func (e *TimeoutError) Behind() uint64 { return uint64(e.Wanted - min(e.Wanted, e.Reached)) }
 
 // Is makes errors.Is(err, ErrTimeout) hold.
 func (e *TimeoutError) Is(target error) bool { return target == ErrTimeout }
@@ -88,7 +91,8 @@ func (c conditions) view(ctx context.Context, engine *projection.Engine, fn func
 			return err
 		}
 	}
-	if c.after == 0 {
+	waits, inline := c.waits(engine, projections)
+	if !waits {
 		return engine.State().View(ctx, fn)
 	}
 	if c.within == 0 {
@@ -97,13 +101,15 @@ func (c conditions) view(ctx context.Context, engine *projection.Engine, fn func
 	limited, cancel := context.WithTimeout(ctx, c.within)
 	defer cancel()
 	for try := 1; ; try++ {
-		if err := c.wait(ctx, limited, engine, projections); err != nil {
-			return err
+		if try > 1 || !inline { // what appends apply is there already, as a rule
+			if err := c.wait(ctx, limited, engine, projections); err != nil {
+				return err
+			}
 		}
 		var behind projection.Projection
 		err := engine.State().View(ctx, func(tx projection.StateTx) error {
 			for _, p := range projections {
-				if ok, err := engine.Contains(tx, p.Name(), c.after); err != nil {
+				if ok, err := engine.Contains(tx, p.Name(), c.wanted(engine, p)); err != nil {
 					return err
 				} else if !ok {
 					behind = p
@@ -125,10 +131,29 @@ func (c conditions) view(ctx context.Context, engine *projection.Engine, fn func
 	}
 }
 
+// wanted is what the projection's rows must contain: what was asked for, and, of
+// one that is inline, what was written here and not applied with it.
+func (c conditions) wanted(engine *projection.Engine, p projection.Projection) eventstore.Position {
+	unapplied, _ := engine.Unapplied(p.Name())
+	return max(c.after, unapplied)
+}
+
+// waits reports whether anything must be there, and whether all of the
+// projections are inline.
+func (c conditions) waits(engine *projection.Engine, projections []projection.Projection) (waits, inline bool) {
+	inline = true
+	for _, p := range projections {
+		_, is := engine.Unapplied(p.Name())
+		inline = inline && is
+		waits = waits || c.wanted(engine, p) > 0
+	}
+	return waits, inline
+}
+
 // wait returns when the projections have come as far as the conditions say.
 func (c conditions) wait(ctx, limited context.Context, engine *projection.Engine, projections []projection.Projection) error {
 	for _, p := range projections {
-		err := engine.WaitFor(limited, p.Name(), c.after)
+		err := engine.WaitFor(limited, p.Name(), c.wanted(engine, p))
 		if err != nil && errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 			return c.timeout(engine, p)
 		}
@@ -163,7 +188,7 @@ func (c conditions) breathe(ctx, limited context.Context, engine *projection.Eng
 
 func (c conditions) timeout(engine *projection.Engine, p projection.Projection) error {
 	reached, _ := engine.Reached(p.Name())
-	return &TimeoutError{Projection: p.Name(), Wanted: c.after, Reached: reached, Within: c.within}
+	return &TimeoutError{Projection: p.Name(), Wanted: c.wanted(engine, p), Reached: reached, Within: c.within}
 }
 
 // read runs fn on a snapshot in which the projection has come as far as the
@@ -192,6 +217,21 @@ func Get[R any](ctx context.Context, host Host, view *projection.ViewDefinition[
 	if err != nil {
 		var none R
 		return none, fmt.Errorf("get %q of view %q: %w", key, view.Name(), err)
+	}
+	return row, nil
+}
+
+// Live folds the events of one stream now, as the view would, and returns the row:
+// the view need not be registered, and nothing is stored. See [projection.Live]. The
+// error is [ErrNotFound] if the view would have no row.
+func Live[R any](ctx context.Context, host Host, view *projection.ViewDefinition[R], stream eventstore.Stream) (R, error) {
+	row, found, err := projection.Live(ctx, host.Projections(), view, stream)
+	if err == nil && !found {
+		err = ErrNotFound
+	}
+	if err != nil {
+		var none R
+		return none, fmt.Errorf("fold stream %q with view %q: %w", stream, view.Name(), err)
 	}
 	return row, nil
 }

@@ -135,6 +135,13 @@ func TestGet(t *testing.T) {
 	_, err = query.Get(t.Context(), a, balances, "bob", query.AtLeast(receipt))
 	require.ErrorIs(t, err, query.ErrNotFound)
 	require.EqualError(t, err, `get "bob" of view "balances": not found`)
+
+	got, err = query.Live(t.Context(), a, newBalances(), eventstore.Stream{Category: "account", ID: "ann"})
+	require.NoError(t, err)
+	require.Equal(t, balance{Owner: "Ann", Cents: 5}, got)
+	_, err = query.Live(t.Context(), a, newBalances(), eventstore.Stream{Category: "account", ID: "bob"})
+	require.ErrorIs(t, err, query.ErrNotFound)
+	require.EqualError(t, err, `fold stream "account-bob" with view "balances": not found`)
 }
 
 func TestGet_ViewIsNotRegistered(t *testing.T) {
@@ -437,7 +444,7 @@ func TestGet_TimesOutByName(t *testing.T) {
 		began = time.Now()
 		_, err = query.Get(t.Context(), a, balances, "ann", query.AtLeast(receipt.Last+7), query.Within(time.Minute))
 		require.Equal(t, time.Minute, time.Since(began))
-		require.ErrorContains(t, err, `read model "balances" is behind: wanted position 8, reached 1 within 1m0s`)
+		require.ErrorContains(t, err, `read model "balances" is behind by 7 positions: wanted position 8, reached 1 within 1m0s`)
 
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -796,4 +803,70 @@ func TestAsk_WithinAHandler(t *testing.T) {
 	got, err := query.Ask(t.Context(), a, twice, "Ann", query.AtLeast(last))
 	require.NoError(t, err)
 	require.Equal(t, 2, got)
+}
+
+// Reads that ask for a position get it while a version is built, when it becomes
+// the active one, and when one goes back; and each by the rows that count.
+func TestGet_AcrossVersions(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"memory", "sqlite"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var store backend = memory.New()
+			if name == "sqlite" {
+				var err error
+				store, err = sqlite.Open(t.Context(), filepath.Join(t.TempDir(), "events.db"))
+				require.NoError(t, err)
+			}
+			v1 := newBalances()
+			v2 := projection.View("balances", projection.On(func(b *balance, e deposited) { b.Owner, b.Cents = "v2", b.Cents+e.Cents })).Version(2)
+			a := startOn(t, store, v1, v2)
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+			defer cancel()
+			ended, done := make(chan struct{}), make(chan error, 2)
+			for _, v := range []*projection.ViewDefinition[balance]{v1, v2} {
+				go func() {
+					for cents := int64(1); ; cents++ {
+						id := fmt.Sprintf("%s-%d", v.Name(), cents)
+						receipt := a.put(t, id, deposited{cents})
+						b, err := query.Get(ctx, a, v, id, query.AtLeast(receipt))
+						if err == nil && b.Cents != cents {
+							err = fmt.Errorf("%s has %d cents, not %d", id, b.Cents, cents)
+						}
+						select {
+						case <-ended:
+							done <- err
+							return
+						default:
+						}
+						if err != nil {
+							done <- err
+							return
+						}
+					}
+				}()
+			}
+			for i, version := range []int{2, 1, 2, 1} {
+				if i > 0 {
+					require.NoError(t, a.Projections().Activate(ctx, "balances", version))
+				}
+				for active := 0; active != version; time.Sleep(time.Millisecond) {
+					require.NoError(t, ctx.Err())
+					all, err := a.Projections().Versions(ctx, "balances")
+					require.NoError(t, err)
+					for _, v := range all {
+						if v.Active {
+							active = v.Version
+						}
+					}
+				}
+				receipt := a.put(t, "mine", deposited{1})
+				b, err := query.Get(ctx, a, v2, "mine", query.AtLeast(receipt))
+				require.NoError(t, err)
+				require.Equal(t, balance{Owner: map[int]string{2: "v2"}[version], Cents: int64(i + 1)}, b)
+			}
+			close(ended)
+			require.NoError(t, errors.Join(<-done, <-done))
+		})
+	}
 }

@@ -1,0 +1,99 @@
+package projection_test
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/deed-go/deed/eventstore/memory"
+	"github.com/deed-go/deed/internal/ownership"
+	"github.com/deed-go/deed/projection"
+)
+
+// hall is where nodes of a test find each other; it believes them to live for
+// ever, but does not see all of them.
+type hall struct {
+	mu      sync.Mutex
+	members map[string]ownership.Member
+	unseen  string
+}
+
+func (h *hall) Join(_ context.Context, self ownership.Member, _ time.Duration) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.members == nil {
+		h.members = map[string]ownership.Member{}
+	}
+	h.members[self.Name] = self
+	return nil
+}
+
+func (h *hall) Leave(_ context.Context, name string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.members, name)
+	return nil
+}
+
+func (h *hall) Members(context.Context) ([]ownership.Member, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var all []ownership.Member
+	for _, m := range h.members {
+		if m.Name != h.unseen {
+			all = append(all, m)
+		}
+	}
+	return all, nil
+}
+
+func (h *hall) overlook(name string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.unseen = name
+}
+
+func (h *hall) join(t *testing.T, name string) *ownership.Group {
+	g := ownership.New(h, ownership.Options{Name: name, Logger: quiet})
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() { _ = g.Run(ctx) })
+	t.Cleanup(func() { cancel(); running.Wait() })
+	return g
+}
+
+// A node that could not give up the lease, when the work was the other's, tries
+// it again: as long as it lives the other one could not have it.
+func TestHandover_LeaseThatCannotBeReleased(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &shared{Store: memory.New()}
+		defer store.Close()
+		failed := atomic.Int64{}
+		store.release = func(ctx context.Context, l projection.Lease) error {
+			if failed.Add(1) < 5 {
+				return errDown
+			}
+			return store.Store.Release(ctx, l)
+		}
+		h, view := &hall{}, balances()
+		first := start(t, store, store, projection.Options{Group: h.join(t, "one")}, view)
+		put(t, store, account("ann"), deposited{1})
+		first.caughtUp(t, store, "balances")
+		h.overlook("one")
+		second := start(t, store, store, projection.Options{Group: h.join(t, "two")}, view)
+		time.Sleep(10 * time.Second)
+		require.EqualValues(t, 5, failed.Load(), "calls to release the lease")
+		require.Equal(t, projection.PhaseStandby, first.status(t).Phase)
+		require.NotEqual(t, projection.PhaseStandby, second.status(t).Phase)
+		last := put(t, store, account("ann"), deposited{1}).Last
+		within(t, time.Second, second, last)
+		require.NoError(t, first.stop())
+		require.NoError(t, second.stop())
+	})
+}
