@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/projection"
 )
 
 // pageSize bounds how long a reader holds the lock.
@@ -34,6 +35,7 @@ type Store struct {
 	tags       map[string][]eventstore.Position
 	keys       map[string]eventstore.Receipt
 	grown      chan struct{} // closed and replaced at every commit and at Close
+	inline     []*projection.Appends
 }
 
 var (
@@ -88,8 +90,15 @@ func (s *Store) Append(ctx context.Context, c eventstore.Commit) (eventstore.Rec
 		return eventstore.Receipt{}, err
 	}
 	s.mu.Lock()
+	if len(s.inline) > 0 {
+		s.mu.Unlock()
+		return s.appendInline(ctx, c)
+	}
 	defer s.mu.Unlock()
-	return s.append(c)
+	if first, done, err := s.judge(c); done || err != nil {
+		return first, err
+	}
+	return s.add(c, s.record(c)), nil
 }
 
 // Enqueue implements eventstore.Enqueuer; the outcome is known at once.
@@ -99,32 +108,53 @@ func (s *Store) Enqueue(ctx context.Context, c eventstore.Commit) *eventstore.Pe
 	return p
 }
 
-func (s *Store) append(c eventstore.Commit) (eventstore.Receipt, error) {
+// judge decides the commit; done says that it was made before.
+func (s *Store) judge(c eventstore.Commit) (first eventstore.Receipt, done bool, err error) {
 	if s.closed {
-		return eventstore.Receipt{}, eventstore.ErrClosed
+		return eventstore.Receipt{}, false, eventstore.ErrClosed
 	}
 	if c.Key != "" {
 		if first, used := s.keys[c.Key]; used {
 			if first.Fingerprint != c.Fingerprint {
-				return eventstore.Receipt{}, fmt.Errorf("%w: %q", eventstore.ErrKeyReused, c.Key)
+				return eventstore.Receipt{}, false, fmt.Errorf("%w: %q", eventstore.ErrKeyReused, c.Key)
 			}
-			return duplicate(first), nil
+			return duplicate(first), true, nil
 		}
 	}
 	for i := range c.Conditions {
 		if err := s.check(&c.Conditions[i]); err != nil {
-			return eventstore.Receipt{}, err
+			return eventstore.Receipt{}, false, err
 		}
 	}
-	head := eventstore.Position(len(s.log))
-	receipt := eventstore.Receipt{First: head + 1, Last: head + eventstore.Position(len(c.Events)), Fingerprint: c.Fingerprint}
+	return eventstore.Receipt{}, false, nil
+}
+
+// record returns the events as they are to be added.
+func (s *Store) record(c eventstore.Commit) []eventstore.Recorded {
+	recorded := make([]eventstore.Recorded, len(c.Events))
 	for i := range c.Events {
 		e := &c.Events[i]
-		position := head + eventstore.Position(i) + 1
-		r := eventstore.Recorded{
-			ID: e.ID, Stream: e.Stream, Version: uint64(len(s.streams[e.Stream])) + 1, Position: position,
+		version := uint64(len(s.streams[e.Stream])) + 1
+		for j := i - 1; j >= 0; j-- {
+			if c.Events[j].Stream == e.Stream {
+				version = recorded[j].Version + 1
+				break
+			}
+		}
+		recorded[i] = eventstore.Recorded{
+			ID: e.ID, Stream: e.Stream, Version: version, Position: eventstore.Position(len(s.log) + i + 1),
 			Type: e.Type, Tags: e.Tags, Data: e.Data, Metadata: e.Metadata, Time: e.Time,
 		}
+	}
+	return recorded
+}
+
+// add adds what was judged and recorded.
+func (s *Store) add(c eventstore.Commit, recorded []eventstore.Recorded) eventstore.Receipt {
+	head := eventstore.Position(len(s.log))
+	receipt := eventstore.Receipt{First: head + 1, Last: head + eventstore.Position(len(c.Events)), Fingerprint: c.Fingerprint}
+	for i := range recorded {
+		e, r, position := &c.Events[i], recorded[i], recorded[i].Position
 		s.log = append(s.log, r)
 		s.streams[e.Stream] = append(s.streams[e.Stream], position)
 		s.categories[e.Stream.Category] = append(s.categories[e.Stream.Category], position)
@@ -146,7 +176,7 @@ func (s *Store) append(c eventstore.Commit) (eventstore.Receipt, error) {
 	}
 	close(s.grown)
 	s.grown = make(chan struct{})
-	return receipt, nil
+	return receipt
 }
 
 func duplicate(first eventstore.Receipt) eventstore.Receipt {

@@ -85,11 +85,7 @@ func (s *Store) Update(ctx context.Context, fn func(projection.StateTx) error) e
 	}
 	defer s.endTurn()
 	base := s.state.committed.Load()
-	tx := &transaction{
-		snapshot: snapshot{tables: base.tables.Copy(), checkpoints: base.checkpoints.Copy()},
-		leases:   s.state.leases,
-		own:      map[string]*table{},
-	}
+	tx := s.state.transaction(base)
 	defer tx.end()
 	if err := fn(tx); err != nil {
 		return err
@@ -104,6 +100,15 @@ func (s *Store) Update(ctx context.Context, fn func(projection.StateTx) error) e
 	}
 	s.state.committed.Store(&tx.snapshot)
 	return nil
+}
+
+// transaction begins an update of the snapshot.
+func (s *state) transaction(base *snapshot) *transaction {
+	return &transaction{
+		snapshot: snapshot{tables: base.tables.Copy(), checkpoints: base.checkpoints.Copy()},
+		leases:   s.leases,
+		own:      map[string]*table{},
+	}
 }
 
 // View implements projection.State. It never waits for updates.

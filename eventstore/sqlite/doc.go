@@ -32,6 +32,9 @@
 // one runs, appends wait, so a handler that takes a second delays them by a
 // second.
 //
+// Inline projections (see package projection) are applied by that goroutine, each
+// commit behind a savepoint: all appends wait for their handlers.
+//
 // # Limits
 //
 // Those of eventstore.DefaultLimits. Every query, condition and read option of

@@ -38,8 +38,9 @@ type Store struct {
 	kinds  atomic.Pointer[kinds]
 	names  *lru.Cache[int64, eventstore.Stream]
 	tables sync.Map // name -> id of the state's tables, committed ones only
-	pages  *pool    // for reads of the log
-	views  *pool    // for View, whose functions may read the log
+	inline atomic.Pointer[[]*projection.Appends]
+	pages  *pool // for reads of the log
+	views  *pool // for View, whose functions may read the log
 
 	closeOnce sync.Once
 	closeErr  error

@@ -211,13 +211,18 @@ var errShared = fmt.Errorf("state update: %w: another one shared its transaction
 var errEnded = errors.New("the transaction has ended: do not keep it beyond its function")
 
 func (tx *stateTx) end() {
+	tx.close()
+	tx.ended = true
+}
+
+// close gives back the statements that are being read.
+func (tx *stateTx) close() {
 	if tx.open != nil {
 		_ = tx.open.Close()
 	}
 	for c := range tx.scans { // of iterators that were left without being stopped
 		tx.release(c)
 	}
-	tx.ended = true
 }
 
 func (tx *stateTx) release(c *cursor) {

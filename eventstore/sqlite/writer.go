@@ -25,6 +25,7 @@ type entry struct {
 	// The outcome, for the writer until the batch is durable.
 	receipt eventstore.Receipt
 	err     error
+	refused bool // err is an inline projection's, and final
 }
 
 // encoded is what of an event is encoded before the writer sees it.
@@ -46,6 +47,7 @@ type writer struct {
 
 	batch    []*entry
 	recorded []eventstore.Recorded // what the batch adds to the log
+	inline   *inlining             // what else the batch does; nil: nothing
 }
 
 // streamHead is what appends need to know of a stream.
@@ -207,7 +209,7 @@ func (w *writer) commits() bool {
 	w.recorded = nil
 	if err := w.write(); err != nil {
 		for _, e := range w.batch {
-			e.receipt, e.err = eventstore.Receipt{}, err
+			e.receipt, e.err = eventstore.Receipt{}, err // also of one that was refused because of others
 		}
 	} else {
 		s.kinds.Store(w.kinds)
@@ -224,11 +226,36 @@ func (w *writer) commits() bool {
 // write writes the batch in one transaction. When it fails, nothing was
 // written.
 func (w *writer) write() error {
+	for {
+		err := w.attempt()
+		if !errors.Is(err, errAgain) {
+			return err
+		}
+	}
+}
+
+// attempt is write, until a handler of an inline projection has ended the
+// transaction: then the commit that is to blame is refused, and the error errAgain.
+func (w *writer) attempt() error {
 	if err := w.begin(w.store.settings.synchronous); err != nil {
 		return fmt.Errorf("append: nothing was written: %w", err)
 	}
+	if hooks := w.store.inline.Load(); hooks != nil && len(*hooks) > 0 {
+		if err := w.beginInline(*hooks); err != nil {
+			w.abandon(err)
+			return fmt.Errorf("append: nothing was written: %w", err)
+		}
+		defer w.endInline()
+	}
 	for _, e := range w.batch {
+		if e.refused {
+			continue
+		}
 		if err := w.apply(e); err != nil {
+			if errors.Is(err, errAgain) {
+				w.again()
+				return err
+			}
 			w.abandon(err)
 			return fmt.Errorf("append: nothing was written: %w", err)
 		}
@@ -239,9 +266,18 @@ func (w *writer) write() error {
 		}
 		return nil
 	}
+	if w.inline != nil {
+		if err := w.inline.end(w.head); err != nil {
+			w.abandon(err)
+			return fmt.Errorf("append: nothing was written: %w", err)
+		}
+	}
 	if err := w.c.run("COMMIT"); err != nil {
 		w.abandon(err)
 		return w.resolve(err)
+	}
+	if w.inline != nil {
+		w.inline.committed()
 	}
 	return nil
 }
@@ -387,6 +423,11 @@ func (w *writer) apply(e *entry) error {
 		if conflict != nil {
 			e.err = conflict
 			return nil
+		}
+	}
+	if w.inline != nil {
+		if err := w.applyInline(e); err != nil || e.err != nil {
+			return err
 		}
 	}
 	e.receipt = eventstore.Receipt{First: w.head + 1, Last: w.head + eventstore.Position(len(c.Events)), Fingerprint: c.Fingerprint}
