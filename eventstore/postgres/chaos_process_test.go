@@ -46,6 +46,11 @@ type chaosPlan struct {
 	Keyless        bool // no idempotency keys
 	Careless       bool // a store that has found a hole is opened anew
 	Projections    bool // see TestChaos_Projections
+	Nodes          bool // see TestNodes
+	Sagas          bool // see TestSagas
+	Gateway        string
+	Lease          time.Duration
+	NATS           string // where the log is, and the nodes find each other; empty for the same database
 }
 
 // What a process says on its standard output, and is told on its input.
@@ -75,8 +80,15 @@ func TestChaosProcess(t *testing.T) {
 	}
 	var plan chaosPlan
 	require.NoError(t, json.Unmarshal([]byte(text), &plan))
-	if plan.Projections {
+	switch {
+	case plan.Projections:
 		projectingProcess(t, plan)
+		return
+	case plan.Sagas:
+		sagaProcess(t, plan)
+		return
+	case plan.Nodes:
+		nodeProcess(t, plan)
 		return
 	}
 	p := newChaosProcess(t, plan)
@@ -118,7 +130,10 @@ func (c *control) listen() {
 func say(words ...any) { fmt.Print(chaosSays + fmt.Sprintln(words...)) }
 
 // freezer stops the process at the worst moment.
-type freezer struct{ armed atomic.Bool }
+type freezer struct {
+	armed         atomic.Bool
+	before, after func() // it is stopped; may be nil
+}
 
 // now stops the process if it was told to, and returns when it goes on. Other
 // threads may run for a moment before the signal reaches them; the caller
@@ -130,9 +145,15 @@ func (f *freezer) now() {
 	continued := make(chan os.Signal, 1)
 	signal.Notify(continued, syscall.SIGCONT)
 	defer signal.Stop(continued)
+	if f.before != nil {
+		f.before()
+	}
 	say(chaosFreezing)
 	_ = syscall.Kill(os.Getpid(), syscall.SIGSTOP)
 	<-continued
+	if f.after != nil {
+		f.after()
+	}
 }
 
 // chaosConn is a connection that fails its user.

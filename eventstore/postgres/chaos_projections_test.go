@@ -3,13 +3,16 @@
 package postgres
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,7 +45,7 @@ type tally struct {
 const (
 	talliesView = "tallies"
 	talliesSQL  = "tallies_sql"
-	fencedWord  = "fenced" // a process says it of a projection
+	fencedWord  = "fenced" // a process says it of a projection that it has no more
 )
 
 // shortLease is how long a process without a heartbeat keeps its leases.
@@ -54,7 +57,7 @@ func projections(view, sql *freezer) (*projection.ViewDefinition[tally], *projec
 	return projection.View(talliesView, projection.OnMeta(func(row *tally, e tallied, r eventstore.Recorded) {
 			row.Events, row.Sum, row.Last = row.Events+1, row.Sum+e.N, uint64(r.Position)
 			view.now()
-		})), projection.SQL(talliesSQL,
+		})).Indexed(projection.Index("sum", func(row tally) int64 { return row.Sum })), projection.SQL(talliesSQL,
 			projection.Setup("CREATE TABLE IF NOT EXISTS public.tallies (id text PRIMARY KEY, events bigint, sum bigint, last bigint)"),
 			projection.Reset("TRUNCATE public.tallies"),
 			projection.OnSQL(func(ctx context.Context, tx projection.Tx, e tallied, r eventstore.Recorded) error {
@@ -116,11 +119,12 @@ func projectingProcess(t *testing.T, plan chaosPlan) {
 	say(chaosDone, "{}")
 }
 
-// fencedHandler says so when a projection was fenced.
+// fencedHandler says so when a projection was fenced, or when the process has
+// found out by itself that it is too late.
 type fencedHandler struct{ slog.Handler }
 
 func (h *fencedHandler) Handle(ctx context.Context, r slog.Record) error {
-	if strings.HasPrefix(r.Message, "projection lost its lease") {
+	if strings.HasPrefix(r.Message, "projection lost its lease") || strings.HasPrefix(r.Message, "projection is handed over") {
 		r.Attrs(func(a slog.Attr) bool {
 			if a.Key == "projection" {
 				say(fencedWord, a.Value.String())
@@ -298,6 +302,7 @@ func TestChaos_Projections(t *testing.T) {
 
 	want, view, sql := map[string]tally{}, map[string]tally{}, map[string]tally{}
 	moves, dead := map[string]ownership{}, 0
+	var indexed [][]byte
 	var stale []string
 	c.admin(func(ctx context.Context, conn *pgx.Conn) error {
 		collect := func(into map[string]tally, query string) error {
@@ -319,6 +324,11 @@ func TestChaos_Projections(t *testing.T) {
 		if err := collect(view, `SELECT convert_from(r.key, 'UTF8'), (v->>'events')::bigint, (v->>'sum')::bigint, (v->>'last')::bigint
 			FROM deed.rows r JOIN deed.tables t ON t.id = r.tbl CROSS JOIN LATERAL (SELECT convert_from(r.value, 'UTF8')::json) x (v)
 			WHERE t.name = 'view.`+talliesView+`'`); err != nil {
+			return err
+		}
+		if entries, err := conn.Query(ctx, "SELECT r.key FROM deed.rows r JOIN deed.tables t ON t.id = r.tbl WHERE t.name = 'view."+talliesView+"#sum' ORDER BY r.key"); err != nil {
+			return err
+		} else if indexed, err = pgx.CollectRows(entries, pgx.RowTo[[]byte]); err != nil {
 			return err
 		}
 		if err := conn.QueryRow(ctx, "SELECT count(*) FROM deed.rows r JOIN deed.tables t ON t.id = r.tbl WHERE t.name LIKE 'projection.dead.%'").Scan(&dead); err != nil {
@@ -349,6 +359,12 @@ func TestChaos_Projections(t *testing.T) {
 	require.Empty(t, stale, "commits of former owners")
 	require.Equal(t, want, sql, "the table of the SQL projection, and the fold of the log")
 	require.Equal(t, want, view, "the rows of the view, and the fold of the log")
+	var entries [][]byte
+	for id, row := range want {
+		entries = append(entries, append(binary.BigEndian.AppendUint64(nil, uint64(row.Sum)+1<<63), id...))
+	}
+	slices.SortFunc(entries, bytes.Compare)
+	require.Equal(t, entries, indexed, "the entries of the view's index, and its rows")
 	require.Zero(t, dead, "events that were set aside")
 	// Each event once, also by the projections' own account.
 	a, b := projections(&freezer{}, &freezer{})

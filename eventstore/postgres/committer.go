@@ -329,6 +329,9 @@ func (c *committer) written(b *batch, done *landing) {
 			}
 		}
 	}
+	if !done.inline {
+		s.passed(done.head + eventstore.Position(len(b.recorded)))
+	}
 	s.follower.committed(b.recorded)
 	s.meter.batch(done, len(b.winners), len(b.recorded))
 	b.settled(append(slices.Clone(b.winners), losers...))
@@ -493,6 +496,7 @@ func (c *committer) recover(b *batch) error {
 		if e.receipt.First > 0 {
 			e.err = nil
 			found = append(found, e)
+			c.s.passed(e.receipt.Last)
 			c.s.follower.expect(e.receipt.Last)
 			c.s.notifier.tell(e.receipt.Last)
 		}

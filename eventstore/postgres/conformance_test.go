@@ -27,10 +27,16 @@ func TestStore(t *testing.T) { storetest.Run(t, harness(), features()) }
 // Every form of writing keeps the whole contract.
 func TestStore_Function(t *testing.T) { storetest.Run(t, harness(always(formFunction)), features()) }
 
-func TestStore_TwoTrips(t *testing.T) { storetest.Run(t, harness(always(formTwoTrips)), features()) }
+func TestStore_TwoTrips(t *testing.T) {
+	atLength(t)
+	storetest.Run(t, harness(always(formTwoTrips)), features())
+}
 
 // A tail of one event makes every subscriber read from the database.
-func TestStore_WithoutTail(t *testing.T) { storetest.Run(t, harness(Tail(1, 1)), features()) }
+func TestStore_WithoutTail(t *testing.T) {
+	atLength(t)
+	storetest.Run(t, harness(Tail(1, 1)), features())
+}
 
 func TestState(t *testing.T) {
 	statetest.Run(t, func(t testing.TB) statetest.Opener {

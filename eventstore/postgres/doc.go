@@ -65,6 +65,14 @@
 // synchronous_commit=off), appends and subscriptions fail with
 // eventstore.ErrGap: what was done on the lost events is for people to decide.
 //
+// # Inline projections
+//
+// Where an application has an inline projection (see package projection), each batch
+// of appends takes the log's lock first and keeps it while the projection's rows are
+// read and written, some round trips long; without one, appends are written as before.
+// Rows that handlers of SQL projections write must not be locked for long by
+// others: all appends wait for that.
+//
 // # Transactions of your own
 //
 // [Store.AppendTx] appends within a transaction of the program, beside rows of

@@ -80,6 +80,8 @@ type entry struct {
 	// behind the position from.
 	tries int
 	from  eventstore.Position
+	// faults is how often the transaction failed while inline projections applied it.
+	faults int
 }
 
 // row returns the row of the i-th event.

@@ -93,15 +93,65 @@ func (m *members) leave(s *Store) {
 	_, _ = s.pool.Exec(ctx, `DELETE FROM `+s.schema+`.members WHERE id = $1`, m.id)
 }
 
+// LeaseTTL returns for how long a process that has died, or says nothing, keeps
+// the leases that do not end by time: 10 seconds.
+func (s *Store) LeaseTTL() time.Duration { return s.settings.leaseTTL }
+
 // Acquire implements projection.State. Leases end by the database's clock; one
 // without an end is held as long as this process lives, which it says every
 // few seconds: ten seconds after its last word others can have it.
 func (s *Store) Acquire(ctx context.Context, name, owner string, ttl time.Duration) (projection.Lease, error) {
-	lease := projection.Lease{Name: name, Owner: owner}
 	if err := s.enter(ctx); err != nil {
 		return projection.Lease{}, err
 	}
-	defer s.leave()
+	// Cut off in the middle, it might have the lease and nobody would know. So it
+	// goes on by itself, and gives back what it gets.
+	going, cut := context.WithCancel(context.WithoutCancel(ctx))
+	type answer struct {
+		lease projection.Lease
+		err   error
+	}
+	answers := make(chan answer, 1)
+	var mu sync.Mutex
+	abandoned := false
+	go func() {
+		defer s.leave()
+		defer cut()
+		lease, err := s.acquire(going, name, owner, ttl)
+		mu.Lock()
+		late := abandoned
+		if !late {
+			answers <- answer{lease, err}
+		}
+		mu.Unlock()
+		if late && err == nil {
+			_ = s.Release(going, lease)
+		}
+	}()
+	select {
+	case a := <-answers:
+		return a.lease, a.err
+	case <-ctx.Done():
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	select {
+	case a := <-answers:
+		return a.lease, a.err
+	default:
+	}
+	abandoned = true
+	time.AfterFunc(acquireGrace, cut)
+	return projection.Lease{}, context.Cause(ctx)
+}
+
+// acquireGrace is how long an attempt to acquire a lease goes on that nobody
+// waits for any more.
+const acquireGrace = 2 * time.Second
+
+// acquire is Acquire, whoever waits for it.
+func (s *Store) acquire(ctx context.Context, name, owner string, ttl time.Duration) (projection.Lease, error) {
+	lease := projection.Lease{Name: name, Owner: owner}
 	err := s.trying(ctx, fmt.Sprintf("acquire the lease %q", name), func() error {
 		var member *uuid.UUID
 		if ttl <= 0 {

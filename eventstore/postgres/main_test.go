@@ -5,7 +5,11 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/deed-go/deed/internal/metatest"
 	"github.com/deed-go/deed/internal/pgtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(pgtest.Main(m)) }
+func TestMain(m *testing.M) {
+	metatest.AtOnce("4")
+	goleak.VerifyTestMain(pgtest.Main(m))
+}

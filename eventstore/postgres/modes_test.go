@@ -53,11 +53,11 @@ func modes() []mode {
 	}
 	some := []mode{
 		{name: "Pooled", pooler: true, options: []Option{Pooled()}},
-		{name: "SimpleProtocol", change: exec("simple_protocol")},
-		{name: "Schema", options: []Option{Schema(weird)}},
 	}
 	if long() {
 		some = append(some,
+			mode{name: "SimpleProtocol", change: exec("simple_protocol")},
+			mode{name: "Schema", options: []Option{Schema(weird)}},
 			mode{name: "PooledTwoTrips", pooler: true, options: []Option{Pooled(), always(formTwoTrips)}},
 			mode{name: "PooledSimpleProtocol", pooler: true, options: []Option{Pooled()}, change: exec("simple_protocol")},
 			mode{name: "Exec", change: exec("exec")},

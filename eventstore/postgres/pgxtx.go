@@ -12,7 +12,8 @@ import (
 
 // Transaction returns the pgx transaction that an SQL projection's handler
 // works in, for what [projection.Tx] has no words for: COPY, batches, arrays,
-// types of PostgreSQL. False says that the projection runs on another backend.
+// types of PostgreSQL. False says that the projection runs on another backend, or is inline: an append's
+// transaction is not lent out.
 //
 // It belongs to the projection: it cannot be committed or rolled back, and must
 // not be used after the handler has returned. A statement that fails in it

@@ -49,6 +49,7 @@ type Store struct {
 	follower *follower
 	notifier *notifier
 	members  members
+	inline   atomic.Pointer[[]*projection.Appends]
 	tables   sync.Map // name -> id of the state's tables, committed ones only
 	meter    *meter
 

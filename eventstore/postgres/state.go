@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/deed-go/deed/eventstore"
@@ -18,9 +19,10 @@ import (
 
 // Updates are not synced one by one: they are in the same write-ahead log as
 // the events they were made from, and behind them. A process that is stopped
-// within one must not keep its rows locked.
+// within one must not keep its rows locked, its leases among them, for longer
+// than the leases last.
 const (
-	beginUpdate = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off; SET LOCAL idle_in_transaction_session_timeout = '10s'"
+	beginUpdate = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off; SET LOCAL idle_in_transaction_session_timeout = %d"
 	beginView   = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 )
 
@@ -28,7 +30,7 @@ const (
 // the same time; those that fence the same lease run one after another from
 // that call on.
 func (s *Store) Update(ctx context.Context, fn func(projection.StateTx) error) error {
-	return s.transact(ctx, beginUpdate, false, fn)
+	return s.transact(ctx, fmt.Sprintf(beginUpdate, s.settings.leaseTTL.Milliseconds()), false, fn)
 }
 
 // View implements projection.State.
@@ -113,6 +115,7 @@ type stateTx struct {
 	saved    bool  // nothing but statements of the user since the savepoint
 	open     *queryRows
 	pending  map[rowKey]*pendingRow
+	moves    []projection.NamedCheckpoint // of checkpoints that are held, see appendTx
 }
 
 type rowKey struct{ table, key string }
@@ -163,7 +166,7 @@ func (t *stateTx) broke(what string, err error) error {
 
 // flush writes what was gathered.
 func (t *stateTx) flush() error {
-	if len(t.pending) == 0 {
+	if len(t.pending) == 0 && len(t.moves) == 0 {
 		return nil
 	}
 	if err := t.oneAtATime(); err != nil {
@@ -193,7 +196,23 @@ func (t *stateTx) flush() error {
 	if len(deleteTables) > 0 {
 		b.Queue(`DELETE FROM `+t.s.schema+`.rows r USING unnest($1::int[], $2::bytea[]) AS n (tbl, key) WHERE r.tbl = n.tbl AND r.key = n.key`, deleteTables, deleteKeys)
 	}
-	return t.broke("write rows", t.tx.SendBatch(t.ctx, b).Close())
+	moves := t.moves
+	t.moves = nil
+	moved := int64(0)
+	for _, m := range moves {
+		b.Queue("UPDATE "+t.s.schema+".checkpoints SET log = $2, epoch = $3, position = $4 WHERE name = $1",
+			m.Name, m.Checkpoint.Log, int64(m.Checkpoint.Epoch), int64(m.Checkpoint.Position)).Exec(func(tag pgconn.CommandTag) error {
+			moved += tag.RowsAffected()
+			return nil
+		})
+	}
+	if err := t.broke("write rows", t.tx.SendBatch(t.ctx, b).Close()); err != nil {
+		return err
+	}
+	if moved != int64(len(moves)) {
+		return t.fail(fmt.Errorf("%w: of %d checkpoints that were held %d are there", projection.ErrFenced, len(moves), moved))
+	}
+	return nil
 }
 
 // table returns the id of a table; 0 if there is none and it is not to be
@@ -226,17 +245,32 @@ func (t *stateTx) table(name string, make bool) (int32, error) {
 
 // Checkpoint implements projection.StateTx.
 func (t *stateTx) Checkpoint(name string) (projection.Checkpoint, error) {
-	var p projection.Checkpoint
 	if err := errors.Join(t.usable(), t.oneAtATime()); err != nil {
-		return p, err
+		return projection.Checkpoint{}, err
 	}
+	return t.checkpoint(name, "")
+}
+
+func (t *stateTx) checkpoint(name, lock string) (projection.Checkpoint, error) {
+	var p projection.Checkpoint
 	var epoch, position int64
-	err := t.tx.QueryRow(t.ctx, "SELECT log, epoch, position FROM "+t.s.schema+".checkpoints WHERE name = $1", name).Scan(&p.Log, &epoch, &position)
+	err := t.tx.QueryRow(t.ctx, "SELECT log, epoch, position FROM "+t.s.schema+".checkpoints WHERE name = $1"+lock, name).Scan(&p.Log, &epoch, &position)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return projection.Checkpoint{}, nil
 	}
 	p.Epoch, p.Position = uint64(epoch), eventstore.Position(position)
 	return p, t.broke("read a checkpoint", err)
+}
+
+// HoldCheckpoint is Checkpoint, and keeps it as it is until the transaction ends:
+// package projection makes another version of a projection the one that is read
+// while nobody can read more of the former one.
+func (t *stateTx) HoldCheckpoint(name string) (projection.Checkpoint, error) {
+	if err := errors.Join(t.writable(), t.oneAtATime()); err != nil {
+		return projection.Checkpoint{}, err
+	}
+	t.saved = false // the lock must not be given back with a statement that fails
+	return t.checkpoint(name, " FOR UPDATE")
 }
 
 // SetCheckpoint implements projection.StateTx. It takes one round trip.
@@ -360,25 +394,42 @@ func (t *stateTx) GetAll(table string, keys []string, found func(i int, value []
 	if id == 0 {
 		return nil
 	}
-	raw := make([][]byte, len(keys))
-	for i, key := range keys {
-		raw[i] = []byte(key)
-	}
-	rows, err := t.tx.Query(t.ctx, `SELECT n.i, r.value FROM unnest($2::bytea[]) WITH ORDINALITY AS n (key, i)
-		JOIN `+t.s.schema+`.rows r ON r.tbl = $1 AND r.key = n.key`, id, raw)
+	rows, err := t.tx.Query(t.ctx, t.rowsQuery(), id, rawKeys(keys))
 	if err != nil {
 		return t.broke("read rows", err)
 	}
 	defer rows.Close()
+	return t.broke("read rows", scanRows(rows, found))
+}
+
+func (t *stateTx) rowsQuery() string {
+	return `SELECT n.i, r.value FROM unnest($2::bytea[]) WITH ORDINALITY AS n (key, i)
+		JOIN ` + t.s.schema + `.rows r ON r.tbl = $1 AND r.key = n.key`
+}
+
+func rawKeys(keys []string) [][]byte {
+	raw := make([][]byte, len(keys))
+	for i, key := range keys {
+		raw[i] = []byte(key)
+	}
+	return raw
+}
+
+func scanRows(rows pgx.Rows, found func(i int, value []byte)) error {
 	for rows.Next() {
 		var i int64
 		var value []byte
 		if err := rows.Scan(&i, &value); err != nil {
-			return t.broke("read rows", err)
+			return err
 		}
 		found(int(i-1), value)
 	}
-	return t.broke("read rows", rows.Err())
+	return rows.Err()
+}
+
+// queueRows adds the statement that reads rows of a table to the batch.
+func (t *stateTx) queueRows(b *pgx.Batch, table int32, keys []string, found func(i int, value []byte)) {
+	b.Queue(t.rowsQuery(), table, rawKeys(keys)).Query(func(rows pgx.Rows) error { return scanRows(rows, found) })
 }
 
 // Put implements projection.StateTx.

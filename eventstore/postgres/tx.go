@@ -21,6 +21,12 @@ import (
 // ErrKeyReused and so on) gives the lock back and leaves the transaction as it
 // was before.
 //
+// Inline projections of an engine on this store are applied too, and belong to the
+// transaction; where one refuses the commit, so does AppendTx. Do not write to the
+// tables of an inline SQL projection before AppendTx in the same transaction: it would
+// hold their rows and wait for the log's lock, while whoever appends has the lock and waits for
+// the rows. PostgreSQL ends such a deadlock by failing one of the two.
+//
 // The receipt holds once the transaction is committed; until then nobody else
 // sees the events, and caches and subscribers learn of them afterwards, as they
 // do of those of other processes. Do not execute commands within the
@@ -149,6 +155,13 @@ func (s *Store) appendWithin(ctx context.Context, tx pgx.Tx, e *entry) (eventsto
 			}
 			if !done.written {
 				return eventstore.Receipt{}, fmt.Errorf("append: the log has moved although it is locked: %w", errGap(done.head, l.known))
+			}
+			_, refused, _, err := s.applyInline(ctx, tx, b, l.known)
+			if err != nil {
+				return eventstore.Receipt{}, unavailable("append", err)
+			}
+			if refused != nil {
+				return eventstore.Receipt{}, refused.err
 			}
 			return e.receipt, nil
 		}

@@ -67,7 +67,7 @@ func (c *committer) choose(b *batch) form {
 		return choice(b)
 	}
 	switch {
-	case b.anchored, b.restless >= fewTries:
+	case b.anchored, b.restless >= fewTries, len(c.s.inlines()) > 0:
 		return formTwoTrips
 	case c.s.settings.pooled:
 		return formFunction
@@ -86,6 +86,7 @@ type landing struct {
 	foreign bool
 	wait    time.Duration // for the lock
 	hold    time.Duration // of the lock, at most
+	inline  bool          // inline projections were applied, or know that they were not
 }
 
 // write writes the winners. Without a landing and an error nothing was
@@ -617,8 +618,32 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	if len(b.winners) == 0 {
 		return rollback(nil)
 	}
+	begun, refused, blamed, err := c.s.applyInline(ctx, ownTx{c.conn}, b, c.l.known)
+	if err != nil {
+		if broken(err) || c.conn.IsClosed() {
+			c.hangUp()
+			if err = asLost(err); errors.Is(err, context.Canceled) {
+				err = fmt.Errorf("%w: %s", errNoAnswer, err.Error()) // of a handler, and no caller's
+			}
+		} else {
+			_, err = rollback(err)
+		}
+		if blamed != nil && c.failedInline(b, blamed, err) {
+			return nil, nil
+		}
+		return nil, err
+	}
+	if refused != nil {
+		done, err := rollback(nil) // it will not be committed, whatever comes back
+		if refused != b.winners[0] {
+			c.divide(b, refused)
+			return nil, nil
+		}
+		b.refuse(refused)
+		return done, err
+	}
 	b.trying(c.l.known)
-	_, err := c.exchange(c.copyMessages(b, "", ";COMMIT"))
+	_, err = c.exchange(c.copyMessages(b, "", ";COMMIT"))
 	if err != nil {
 		if answered(err) {
 			b.refused()
@@ -626,6 +651,9 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 		}
 		return nil, err
 	}
+	for _, one := range begun {
+		one.Committed()
+	}
 	wait := time.Duration(waited) * time.Microsecond
-	return &landing{head: c.l.known, foreign: c.l.known > before, wait: wait, hold: max(0, time.Since(began)-wait)}, nil
+	return &landing{inline: len(begun) > 0, head: c.l.known, foreign: c.l.known > before, wait: wait, hold: max(0, time.Since(began)-wait)}, nil
 }
