@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/deed-go/deed/eventstore"
 )
@@ -110,9 +111,9 @@ func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
 		if e.encoded[i], err = s.subjects.encode(&c.Events[i]); err != nil {
 			return nil, err
 		}
-		n := e.encoded[i].size() + placeHeaders
+		n := e.encoded[i].size() + placeBytes
 		if most := s.payload.Load(); most > 0 && int64(n) > most {
-			return nil, fmt.Errorf("%w: event %q of stream %q needs %d bytes with its headers, at most %d are allowed by the server's max_payload or the stream's max_msg_size", eventstore.ErrTooLarge, c.Events[i].Type, of, n, most)
+			return nil, fmt.Errorf("%w: event %q of stream %q needs %d bytes with its tags and metadata, at most %d are allowed by the server's max_payload or the stream's max_msg_size", eventstore.ErrTooLarge, c.Events[i].Type, of, n, most)
 		}
 		e.bytes += n
 	}
@@ -138,6 +139,9 @@ const (
 	batchBytes    = 4 << 20 // of commits that share a batch
 	groupFrom     = 16      // so many commits share a batch, where fewer are quicker alone
 	plainOne      = 16      // publishes in flight to a single server
+	messagesOne   = 512     // in one batch to a single server, which is written to while another one is made
+	batchesOne    = 2       // batches in flight to it
+	besideFrom    = 256     // so many commits make up the second one
 	plainMany     = 128     // and to several
 	groupMany     = 64      // so many commits share a batch on several, when as many publishes are in flight as may be
 	batchesMany   = 16      // batches in flight to several servers, which take 50 a stream from everybody
@@ -148,7 +152,8 @@ const (
 // the later one after the earlier one's outcome.
 //
 // On a single server, which syncs each publish alone, many commits share a
-// batch. On several, which gather what they replicate, each goes its own way
+// batch, and while one is written a second one is made if there is enough for it.
+// On several, which gather what they replicate, each goes its own way
 // until many are under way; from there on batches spare everybody messages.
 type scheduler struct {
 	store *Store
@@ -158,10 +163,125 @@ type scheduler struct {
 
 	mu      sync.Mutex
 	waiting []*entry
+	size    size // of what waits, about: who has gone may be counted
 	busy    map[eventstore.Stream]struct{}
 	plains  int // in flight
 	batches int
 	closed  bool
+	returns returns
+	futile  int // no second batch can be made before so many wait
+}
+
+// returns is the wait for those who have just been answered, on a single server.
+// Callers come again when they have their answer. Without it some of them would be
+// in a small batch, or publish on their own, while the others come back, and a batch
+// costs the server a file and a sync whatever its size.
+type returns struct {
+	wanted    int // how many commits are to wait before a batch begins; 0: it need not wait
+	before    int // of these were there when it began
+	last      int // were answered then
+	number    uint64
+	timer     *time.Timer
+	returning float64 // the part of those that is taken to come back at once
+	rests     int     // how often nobody was waited for
+}
+
+// answered says whom a batch that was written at once has answered, how many
+// waited before it did, and how long the server took.
+type answered struct {
+	callers, before int
+	took            time.Duration
+}
+
+// The bounds of gathering: the part of a batch's time that is waited, and the time,
+// at most; the part of its callers that must come back for it; batches until it is
+// tried again.
+const (
+	gatherPart   = 2
+	gatherMost   = 20 * time.Millisecond
+	worthWaiting = 0.5
+	restsBetween = 64
+)
+
+// waits returns how many commits wait.
+func (c *scheduler) waits() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.waiting)
+}
+
+// await begins to wait for the callers of a batch. It needs the lock, as everything
+// below does.
+func (c *scheduler) await(a answered) {
+	g := &c.returns
+	if a.callers < groupFrom || c.closed || c.batches >= batchesOne || c.full() {
+		return
+	}
+	if g.timer == nil {
+		g.returning = 1
+	} else if g.returning < worthWaiting {
+		if g.rests++; g.rests < restsBetween {
+			return
+		}
+		g.returning, g.rests = 1, 0
+	}
+	g.before, g.last = a.before, a.callers
+	g.wanted = a.before + max(1, int(float64(a.callers)*g.returning+0.5))
+	g.number++
+	number := g.number
+	g.timer = time.AfterFunc(min(a.took/gatherPart, gatherMost), func() {
+		c.mu.Lock()
+		if g.number == number && g.wanted > 0 {
+			c.gathered()
+		}
+		c.mu.Unlock()
+		c.signal()
+	})
+}
+
+// size is what commits need of a batch.
+type size struct{ messages, bytes int }
+
+func (s *size) add(e *entry) {
+	s.messages += e.most
+	s.bytes += e.bytes
+}
+
+// full reports whether what waits fills a batch.
+func (c *scheduler) full() bool {
+	return c.size.messages >= messagesOne || c.size.bytes >= batchBytes
+}
+
+// resize counts what waits.
+func (c *scheduler) resize() {
+	c.size = size{}
+	for _, e := range c.waiting {
+		c.size.add(e)
+	}
+}
+
+// gathering reports whether a batch should still wait.
+func (c *scheduler) gathering() bool {
+	if c.returns.wanted == 0 {
+		return false
+	}
+	if !c.closed && len(c.waiting) < c.returns.wanted && !c.full() {
+		return true
+	}
+	c.gathered()
+	return false
+}
+
+// gathered ends the wait.
+func (c *scheduler) gathered() {
+	g := &c.returns
+	g.timer.Stop()
+	if got := len(c.waiting) - g.before; len(c.waiting) >= g.wanted || c.full() {
+		g.returning += (1 - g.returning) / 16
+	} else {
+		g.returning = min(1, float64(max(got, 0))/float64(g.last))
+	}
+	g.wanted = 0
 }
 
 func (c *scheduler) init(s *Store) {
@@ -200,8 +320,7 @@ func (c *scheduler) launch(group []*entry) {
 // worker writes one group after another.
 func (c *scheduler) worker(j job) {
 	for {
-		c.store.execute(j.group)
-		c.release(j)
+		c.release(j, c.store.execute(j.group))
 		select {
 		case j = <-c.jobs:
 		case <-c.quit:
@@ -229,6 +348,7 @@ func (c *scheduler) put(e *entry) bool {
 		return true
 	}
 	c.waiting = append(c.waiting, e)
+	c.size.add(e)
 	c.mu.Unlock()
 	c.signal()
 	return true
@@ -239,7 +359,7 @@ func (c *scheduler) atOnce(e *entry) bool {
 	most := plainMany
 	if c.store.replicas.Load() == 1 {
 		most = plainOne
-		if c.batches > 0 {
+		if c.batches > 0 || c.returns.wanted > 0 {
 			return false
 		}
 	}
@@ -256,6 +376,9 @@ func (c *scheduler) close() {
 	c.closed = true
 	waiting := c.waiting
 	c.waiting = nil
+	if c.returns.wanted > 0 {
+		c.gathered()
+	}
 	c.mu.Unlock()
 	for _, e := range waiting {
 		e.finish(eventstore.Receipt{}, eventstore.ErrClosed)
@@ -283,7 +406,7 @@ func (c *scheduler) start() bool {
 	return c.closed && c.plains == 0 && c.batches == 0
 }
 
-func (c *scheduler) release(j job) {
+func (c *scheduler) release(j job, a answered) {
 	c.mu.Lock()
 	if j.batch {
 		c.batches--
@@ -294,6 +417,10 @@ func (c *scheduler) release(j job) {
 		for _, of := range e.streams {
 			delete(c.busy, of)
 		}
+	}
+	c.futile = 0
+	if j.batch && c.store.replicas.Load() == 1 {
+		c.await(a)
 	}
 	more := len(c.waiting) > 0 || c.closed
 	c.mu.Unlock()
@@ -314,8 +441,8 @@ func (c *scheduler) pick() [][]*entry {
 	if hold := c.store.settings.hold; hold != nil && hold() {
 		return nil
 	}
-	if one && c.batches > 0 { // what comes meanwhile gathers for the next batch
-		return nil
+	if one && (c.batches >= batchesOne || c.gathering() || c.batches > 0 && len(c.waiting) < max(besideFrom, c.futile)) {
+		return nil // what comes meanwhile gathers for the next batch
 	}
 	// Who could be written now: no stream of theirs is being written, or has somebody
 	// before them who has to wait.
@@ -337,13 +464,23 @@ func (c *scheduler) pick() [][]*entry {
 			blocked[of] = true
 		}
 	}
+	if one && c.batches > 0 && len(ready) < besideFrom {
+		// The streams of the others are busy.
+		c.futile = len(c.waiting) - len(ready) + besideFrom
+		c.resize()
+		return nil
+	}
 	if len(ready) == 0 {
+		c.resize()
 		return nil
 	}
 	var groups [][]*entry
 	batch := func(of []*entry) {
-		n, messages, bytes := 0, 0, 0
-		for n < len(of) && (n == 0 || messages+of[n].most <= batchMessages && bytes+of[n].bytes <= batchBytes) {
+		n, messages, bytes, most := 0, 0, 0, batchMessages
+		if one {
+			most = messagesOne
+		}
+		for n < len(of) && (n == 0 || messages+of[n].most <= most && bytes+of[n].bytes <= batchBytes) {
 			messages += of[n].most
 			bytes += of[n].bytes
 			n++
@@ -383,6 +520,7 @@ func (c *scheduler) pick() [][]*entry {
 		}
 	}
 	c.waiting = slices.DeleteFunc(c.waiting, func(e *entry) bool { return taken[e] })
+	c.resize()
 	return groups
 }
 

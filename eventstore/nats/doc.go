@@ -25,6 +25,25 @@
 // JetStream keeps events and nothing else of deed: the state of projections and
 // sagas lives in a store that the program names, such as SQLite or PostgreSQL.
 //
+// Processes that share such a state divide the work among them, and can find
+// each other where the log is: deed.Start(ctx, …, deed.Members(nats.Members)).
+// That takes a small second stream, named like the log with "_members" behind.
+//
+// Processes that each have a state of their own, an SQLite file for example, must
+// be told to divide the work at all: deed.Start(ctx, …, deed.Leases(nats.Leases)).
+// Then leases in a key-value bucket, named like the log with "_leases" behind,
+// decide who runs a saga or reaction, while every process keeps its own read
+// models. The work of a process that has died is taken over when its lease has
+// ended, after 10 s at most and the second in which the server notices. It is the
+// server's clock that says so; a server whose clock jumps ahead ends leases early.
+//
+// The epoch of such a lease is not checked in the transaction that commits, since
+// the log knows nothing of it: the owner goes by its own clock and stops before the
+// lease can have ended, and where that was in vain, because the process stood still
+// in the middle of a step, the history of the run refuses what it records. A
+// saga.Once is done once at most all the same; a saga.Do may be done twice, with the
+// same key.
+//
 // # What is supported
 //
 // Everything of the contract but these, which are refused with
@@ -42,8 +61,9 @@
 //
 // A commit has at most 1,000 messages, those for such conditions included: an
 // atomic batch of the server takes no more. An event must fit into the server's
-// max_payload, and the stream's max_msg_size, with 64 KiB for its headers: with
-// the default of 1 MiB it may have 960 KiB ([Store.Limits]).
+// max_payload, and the stream's max_msg_size, with 64 KiB for what is written around
+// it: with the default of 1 MiB it may have 960 KiB, tags and metadata included
+// ([Store.Limits]).
 //
 // Queries for a stream, a category or one slice are answered by subject, and so
 // is a query of several items when all of them are about the same one of these.
@@ -67,12 +87,30 @@
 //
 // An event is one message with the subject stream.slice.category.id, in which
 // bytes that mean something to NATS are escaped, so that no two streams of
-// events share a subject. Headers hold what the event is (Deed-Type, Deed-Tags,
-// Deed-Metadata), its place in its commit, and the commit's key and fingerprint;
-// one of them, Deed, its version, time and id and the sequences of up to sixteen
-// events before it in its stream. To load a stream is to read its last message
-// and to follow these, many at once: no consumer has to be made, and the server
-// has nothing to search. A stream of more than 2,048 events, or 32 MiB, is read by pages.
+// events share a subject. Its payload is some lines of text, an empty line, and the
+// event's data as it is:
+//
+//	3 1700000000000000005 0199c0de-0000-7000-8000-000000000001 00c0ffee 17 8
+//	786.account.ann
+//	account.opened
+//	tags ["a","b"]
+//	metadata {"actor":"me"}
+//
+//	{"owner":"Ann"}
+//
+// The first line has the event's version, time, id, a check of the id of the event
+// before it in its stream, and the sequences of up to sixteen events before it (those
+// after the first as differences); the next are the subject without the prefix, and
+// the type. Lines for tags, metadata, the event's place in its commit, and the
+// commit's key and fingerprint are there where there are such.
+//
+// To load a stream is to read its last message and to follow these sequences, many at
+// once: no consumer has to be made, and the server has nothing to search. It is asked
+// for payloads alone, as headers cost it more than anything else about an answer.
+// Such a load compares each event with what the one behind it says of its id, and is
+// repeated with headers, which name the stream that was read, when they do not fit
+// together: a mirror of what the log was before it was restored may have answered. A
+// stream of more than 2,048 events, or 32 MiB, is read by pages, with headers.
 //
 // # Appending
 //
@@ -81,10 +119,11 @@
 // number of processes, and how the store finds out what became of a commit. A
 // commit of one event is a publish; one of several is an atomic batch. On a
 // single server, which syncs every publish alone, waiting commits share a batch
-// from sixteen on. On several servers commits of one event go their own ways,
-// since the servers gather what they replicate, until 128 are on their way; what
-// waits then shares batches. Commits on one stream are written in the order of
-// the calls.
+// from sixteen on; a batch waits, at most half as long as the last one took, for
+// callers who have just been answered, if they mostly come again. On several servers
+// commits of one event go their own ways, since the servers gather what they
+// replicate, until 128 are on their way; what waits then shares batches. Commits on
+// one stream are written in the order of the calls.
 //
 // When the server refuses a batch it does not say why. The store then reads
 // where the streams are, gives those commits a conflict whose conditions do not
@@ -140,5 +179,7 @@
 // $JS.API.INFO, $JS.API.STREAM.INFO.deed, $JS.API.STREAM.MSG.GET.deed,
 // $JS.API.DIRECT.GET.deed and below, $JS.API.CONSUMER.*.deed and below, and
 // $JS.API.STREAM.CREATE.deed unless it is opened with [WithoutCreation]; to
-// subscribe to _INBOX.>.
+// subscribe to _INBOX.>. With [Leases], also to publish to $KV.deed_leases.> and
+// $JS.API.STREAM.INFO, STREAM.CREATE and DIRECT.GET of KV_deed_leases; with these
+// or [Members], deed_members.> and $JS.API.STREAM.*.deed_members and DIRECT.GET of it.
 package nats

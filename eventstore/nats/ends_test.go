@@ -131,6 +131,7 @@ func TestEnds_ManyLarge(t *testing.T) {
 // A new leader says of a replica that it has never heard from since it
 // was elected that it was active 0 ago; leads takes that for just now.
 func TestYesterday_LeadsWithoutEverybody(t *testing.T) {
+	long(t)
 	t.Parallel()
 	c := servers(t, 3)
 	name := newName()

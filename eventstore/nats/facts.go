@@ -21,7 +21,7 @@ import (
 const (
 	metadataLogID  = "deed-log-id"
 	metadataFormat = "deed-format"
-	format         = 2 // 1 had other pointers, and was never released
+	format         = 3 // 1 and 2 were written otherwise, and never released
 )
 
 // oldest is the first server version with atomic batches.

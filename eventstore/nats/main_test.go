@@ -13,10 +13,14 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
+	"github.com/deed-go/deed/internal/metatest"
 	"github.com/deed-go/deed/internal/natsserver"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(runner{m}) }
+func TestMain(m *testing.M) {
+	metatest.AtOnce("4")
+	goleak.VerifyTestMain(runner{m})
+}
 
 // runner stops the servers that tests share before goroutines are counted.
 type runner struct{ m *testing.M }

@@ -1,8 +1,11 @@
 package nats
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"hash/crc32"
 	"strconv"
 	"strings"
 	"time"
@@ -14,22 +17,22 @@ import (
 	"github.com/deed-go/deed/eventstore"
 )
 
-// Headers of stored messages. They are part of the stored contract. The payload
-// is the event's data, behind the metadata where that is too large for a header.
+// The payload of a stored message is lines, an empty one, and the event's data as
+// it is. It is part of the stored contract. The first line has the event's version,
+// its time in nanoseconds since 1970, its id, and from the second event on a check
+// of the id of the one before it in its stream (CRC-32, IEEE) and where those before
+// it are, the last one first, with a space in between; the second one is its subject
+// without the prefix, the third one its type. Further lines have a name and a value.
+// The message of a condition has its place in the commit and nothing else.
 //
-// What every event has and what only deed reads is in one header, since client
-// and server pay for each: version, time in nanoseconds since 1970, id, and where
-// the events before this one of its stream are, the last one first; with a space
-// in between.
+// It is no headers because the server pays for each of them when it stores a message
+// and when it answers for one, and can leave out all of them, but not some.
 const (
-	headerEvent        = "Deed"
-	headerType         = "Deed-Type"
-	headerTags         = "Deed-Tags"          // a JSON array
-	headerMetadata     = "Deed-Metadata"      // JSON
-	headerMetadataSize = "Deed-Metadata-Size" // bytes of metadata before the data
-	headerCommit       = "Deed-Commit"        // "i/n": the i-th of the n messages of a commit of several
-	headerKey          = "Deed-Key"           // on the first event of a commit
-	headerFingerprint  = "Deed-Fingerprint"   // likewise
+	lineTags        = "tags"     // a JSON array
+	lineMetadata    = "metadata" // JSON
+	lineCommit      = "commit"   // "i/n": the i-th of the n messages of a commit of several
+	lineKey         = "key"      // of the first event of a commit
+	lineFingerprint = "fingerprint"
 )
 
 // Headers that the server understands.
@@ -41,106 +44,109 @@ const (
 	headerBatchCommit     = "Nats-Batch-Commit"
 )
 
-// metadataInHeader is the largest metadata that travels in a header: all headers
-// of a message together may have 64 KiB, and tags have up to half of that.
-const metadataInHeader = 8 << 10
-
 // message is a stored message: an event, or (without Type) a condition that a
 // commit needed.
 type message struct {
 	eventstore.Recorded
 	index, count     int // its place in its commit, from 1 on
 	key, fingerprint string
+	before           uint32 // the check of the event before it in its stream
 	previous         trail
 }
 
+// checkOf is what an event says of the one before it in its stream. Who follows
+// pointers knows by it that servers, of which one may have been restored, did not
+// answer from two logs.
+func checkOf(id uuid.UUID) uint32 { return crc32.ChecksumIEEE(id[:]) }
+
 func (m *message) isEvent() bool { return m.Type != "" }
-
-// quote makes any legal name a header's value: parsers trim the space around it.
-func quote(text string) string {
-	if text != "" && (text[0] == ' ' || text[0] == '"' || text[len(text)-1] == ' ') {
-		return strconv.Quote(text)
-	}
-	return text
-}
-
-func unquote(value string) (string, error) {
-	if value != "" && value[0] == '"' {
-		return strconv.Unquote(value)
-	}
-	return value, nil
-}
 
 // encode returns what is sent of an event but for what depends on where it will
 // be: version, pointers, expectation and batch.
 func (s subjects) encode(e *eventstore.Event) (*encoded, error) {
-	to := &encoded{subject: s.of(e.Stream), data: e.Data, names: make([]string, 0, 3), values: make([]string, 0, 3)}
+	to := &encoded{subject: s.of(e.Stream), data: e.Data}
 	to.fixed = strconv.FormatInt(e.Time.UnixNano(), 10) + " " + e.ID.String()
-	to.set(headerType, quote(e.Type))
+	lines := make([]byte, 0, len(to.subject)+len(e.Type)+256)
+	lines = append(append(lines, to.subject[len(s.prefix)+1:]...), '\n')
+	lines = append(append(lines, e.Type...), '\n')
 	if len(e.Tags) > 0 {
 		tags, err := json.Marshal(e.Tags)
 		if err != nil {
 			return nil, fmt.Errorf("%w: event %q: its tags do not encode: %w", eventstore.ErrInvalid, e.Type, err)
 		}
-		to.set(headerTags, string(tags))
+		lines = appendLine(lines, lineTags, string(tags))
 	}
 	if !e.Metadata.IsZero() {
-		metadata, err := e.Metadata.AppendJSON(nil)
-		if err != nil {
+		lines = append(lines, lineMetadata+" "...)
+		var err error
+		if lines, err = e.Metadata.AppendJSON(lines); err != nil {
 			return nil, fmt.Errorf("%w: event %q: its metadata does not encode: %w", eventstore.ErrInvalid, e.Type, err)
 		}
-		if len(metadata) <= metadataInHeader {
-			to.set(headerMetadata, string(metadata))
-		} else {
-			to.set(headerMetadataSize, strconv.Itoa(len(metadata)))
-			to.data = append(metadata, to.data...)
-		}
+		lines = append(lines, '\n')
 	}
+	to.lines = lines
 	return to, nil
 }
 
+func appendLine(to []byte, name, value string) []byte {
+	to = append(append(to, name...), ' ')
+	return append(append(to, value...), '\n')
+}
+
 // encoded is an event as a message, without what depends on its place. It is
-// not changed: each message made of it has a header of its own.
+// not changed: each message made of it has a payload of its own.
 type encoded struct {
-	subject       string
-	fixed         string   // of the event's header: time and id
-	names, values []string // of the other headers
-	data          []byte
-}
-
-func (e *encoded) set(name, value string) {
-	e.names, e.values = append(e.names, name), append(e.values, value)
-}
-
-// message returns a message to which so many headers will be added.
-func (e *encoded) message(more int) *client.Msg {
-	h := make(client.Header, len(e.names)+more)
-	for i, name := range e.names {
-		h[name] = e.values[i : i+1 : i+1]
-	}
-	return &client.Msg{Subject: e.subject, Header: h, Data: e.data}
+	subject string
+	fixed   string // of the first line: time and id
+	lines   []byte // the second one, and others
+	data    []byte
 }
 
 // size returns about how many bytes the message has on its way.
 func (e *encoded) size() int {
-	n := 64 + len(e.subject) + len(e.fixed) + len(e.data)
-	for i := range e.names {
-		n += len(e.names[i]) + len(e.values[i]) + 4
-	}
-	return n
+	return 64 + len(e.subject) + len(e.fixed) + len(e.lines) + len(e.data)
 }
 
-// placeHeaders is the most that is added to an encoded event when it is sent.
-const placeHeaders = 1024 + 2*eventstore.MaxKeyBytes + pointers*21
+// placeBytes is the most that is added to an encoded event when it is sent.
+const placeBytes = 1024 + 5*eventstore.MaxKeyBytes + pointers*21
 
-// eventHeader writes what every event has, of the message with the number in its
-// plan.
-func (e *encoded) eventHeader(version uint64, previous trail, number int) string {
-	to := make([]byte, 0, 24+len(e.fixed)+10*len(previous))
-	to = strconv.AppendUint(to, version, 10)
+// place is what depends on where an event is written.
+type place struct {
+	version          uint64
+	before           uint32 // the check of the event before
+	previous         trail
+	number           int // of the message in its plan
+	index, count     int // in its commit, from 1 on
+	key, fingerprint string
+}
+
+// payload returns the payload of the event's message.
+func (e *encoded) payload(at place) []byte {
+	to := make([]byte, 0, 32+len(e.fixed)+10*len(at.previous)+len(e.lines)+len(at.key)+len(at.fingerprint)+len(e.data)+64)
+	to = strconv.AppendUint(to, at.version, 10)
 	to = append(to, ' ')
 	to = append(to, e.fixed...)
-	return string(previous.append(to, number))
+	if at.version > 1 {
+		to = fmt.Appendf(to, " %08x", at.before)
+		to = at.previous.append(to, at.number)
+	}
+	to = append(to, '\n')
+	to = append(to, e.lines...)
+	if at.count > 1 {
+		to = append(to, lineCommit+" "...)
+		to = append(appendIndex(to, at.index, at.count), '\n')
+	}
+	if at.key != "" {
+		to = appendLine(to, lineKey, at.key)
+		to = appendLine(to, lineFingerprint, strconv.QuoteToASCII(at.fingerprint)) // any bytes
+	}
+	to = append(to, '\n')
+	return append(to, e.data...)
+}
+
+func appendIndex(to []byte, index, count int) []byte {
+	to = append(strconv.AppendInt(to, int64(index), 10), '/')
+	return strconv.AppendInt(to, int64(count), 10)
 }
 
 // errForeign says that something else than deed has written into the log.
@@ -148,83 +154,130 @@ func errForeign(sequence uint64, subject string, cause error) error {
 	return fmt.Errorf("%w: the message at sequence %d, subject %q, is not an event that deed wrote: %w", eventstore.ErrDecode, sequence, subject, cause)
 }
 
-// decode reads a stored message.
-func (s subjects) decode(subject string, sequence uint64, h client.Header, data []byte) (*message, error) {
+// decode reads a stored message. The subject may be empty when the server was not
+// asked for it.
+func (s subjects) decode(subject string, sequence uint64, payload []byte) (*message, error) {
+	return s.decodeAs(nil, subject, sequence, payload)
+}
+
+// decodeAs is decode for a message that should be one of the stream: it need not
+// be taken apart then how that is written.
+func (s subjects) decodeAs(of *streamSubject, subject string, sequence uint64, payload []byte) (*message, error) {
 	m := &message{index: 1, count: 1}
-	if err := s.decodeInto(m, subject, sequence, h, data); err != nil {
+	if err := s.decodeInto(m, of, subject, sequence, payload); err != nil {
 		return nil, errForeign(sequence, subject, err)
 	}
 	return m, nil
 }
 
-func (s subjects) decodeInto(m *message, subject string, sequence uint64, h client.Header, data []byte) error {
-	m.Position = eventstore.Position(sequence)
-	if place := get(h, headerCommit); place != "" {
-		index, count, _ := strings.Cut(place, "/")
-		var err error
-		if m.index, err = strconv.Atoi(index); err != nil {
-			return err
-		}
-		if m.count, err = strconv.Atoi(count); err != nil {
-			return err
-		}
-		if m.index < 1 || m.index > m.count || uint64(m.index) > sequence {
-			return fmt.Errorf("header %s is %q", headerCommit, place)
-		}
+// streamSubject is a stream and how it is written in payloads.
+type streamSubject struct {
+	stream  eventstore.Stream
+	written string
+}
+
+func (s subjects) streamSubject(of eventstore.Stream) *streamSubject {
+	return &streamSubject{of, s.of(of)[len(s.prefix)+1:]}
+}
+
+func (m *message) decodeIndex(text []byte, sequence uint64) error {
+	index, count, _ := bytes.Cut(text, []byte{'/'})
+	var err error
+	if m.index, err = strconv.Atoi(string(index)); err != nil {
+		return fmt.Errorf("its place in its commit is %q: %w", text, err)
 	}
+	if m.count, err = strconv.Atoi(string(count)); err != nil {
+		return fmt.Errorf("its place in its commit is %q: %w", text, err)
+	}
+	if m.index < 1 || m.index > m.count || m.count > batchMessages || uint64(m.index) > sequence {
+		return fmt.Errorf("its place in its commit is %q", text)
+	}
+	return nil
+}
+
+func (s subjects) decodeInto(m *message, of *streamSubject, subject string, sequence uint64, payload []byte) error {
+	m.Position = eventstore.Position(sequence)
 	if subject == s.conditions() {
-		return nil
+		return m.decodeIndex(payload, sequence)
+	}
+	end := bytes.Index(payload, []byte("\n\n"))
+	if end < 0 {
+		return errors.New("its payload has no empty line")
+	}
+	lines := payload[:end]
+	m.Data = payload[end+2:]
+	line := func() (next []byte) {
+		next, lines, _ = bytes.Cut(lines, []byte{'\n'})
+		return next
+	}
+	first, written, kind := line(), line(), line()
+	if subject != "" && (!strings.HasPrefix(subject, s.prefix+".") || subject[len(s.prefix)+1:] != string(written)) {
+		return fmt.Errorf("its payload says that its subject is %q", s.prefix+"."+string(written))
 	}
 	var err error
-	if m.Stream, err = s.stream(subject); err != nil {
+	if of != nil && string(written) == of.written {
+		m.Stream = of.stream
+	} else if m.Stream, err = s.stream(s.prefix + "." + string(written)); err != nil {
 		return err
 	}
-	version, rest, _ := strings.Cut(get(h, headerEvent), " ")
+	if err := m.decodeFirst(string(first), sequence); err != nil {
+		return fmt.Errorf("its first line is %q: %w", first, err)
+	}
+	if m.Type = string(kind); m.Type == "" {
+		return errors.New("it has no type")
+	}
+	for len(lines) > 0 {
+		line := line()
+		name, value, _ := bytes.Cut(line, []byte{' '})
+		switch string(name) {
+		case lineTags:
+			err = jsonv1.Unmarshal(value, &m.Tags)
+		case lineMetadata:
+			err = jsonv1.Unmarshal(value, &m.Metadata)
+		case lineCommit:
+			err = m.decodeIndex(value, sequence)
+		case lineKey:
+			m.key = string(value)
+		case lineFingerprint:
+			m.fingerprint, err = strconv.Unquote(string(value))
+		default:
+			err = errors.New("there is no such line")
+		}
+		if err != nil {
+			return fmt.Errorf("its line %q: %w", line, err)
+		}
+	}
+	return nil
+}
+
+// decodeFirst reads the first line.
+func (m *message) decodeFirst(line string, sequence uint64) error {
+	version, rest, _ := strings.Cut(line, " ")
 	nanoseconds, rest, _ := strings.Cut(rest, " ")
 	id, previous, _ := strings.Cut(rest, " ")
+	var err error
 	if m.Version, err = strconv.ParseUint(version, 10, 64); err != nil || m.Version == 0 {
-		return fmt.Errorf("header %s is %q: the version is %q", headerEvent, get(h, headerEvent), version)
+		return fmt.Errorf("the version is %q", version)
 	}
 	at, err := strconv.ParseInt(nanoseconds, 10, 64)
 	if err != nil {
-		return fmt.Errorf("header %s is %q: the time: %w", headerEvent, get(h, headerEvent), err)
+		return fmt.Errorf("the time: %w", err)
 	}
 	m.Time = time.Unix(0, at).UTC()
 	if m.ID, err = uuid.Parse(id); err != nil {
-		return fmt.Errorf("header %s is %q: the id: %w", headerEvent, get(h, headerEvent), err)
+		return fmt.Errorf("the id: %w", err)
 	}
-	if m.Type, err = unquote(get(h, headerType)); err != nil || m.Type == "" {
-		return fmt.Errorf("header %s is %q", headerType, get(h, headerType))
-	}
-	if tags := get(h, headerTags); tags != "" {
-		if err := jsonv1.Unmarshal([]byte(tags), &m.Tags); err != nil {
-			return fmt.Errorf("header %s: %w", headerTags, err)
+	if m.Version > 1 {
+		var check string
+		check, previous, _ = strings.Cut(previous, " ")
+		n, err := strconv.ParseUint(check, 16, 32)
+		if err != nil || len(check) != 8 {
+			return fmt.Errorf("of the event before it it says %q", check)
 		}
+		m.before = uint32(n)
 	}
-	metadata := get(h, headerMetadata)
-	if n := get(h, headerMetadataSize); n != "" {
-		size, err := strconv.Atoi(n)
-		if err != nil || size < 0 || size > len(data) {
-			return fmt.Errorf("header %s is %q, the message has %d bytes", headerMetadataSize, n, len(data))
-		}
-		metadata, data = string(data[:size]), data[size:]
-	}
-	if metadata != "" {
-		if err := jsonv1.Unmarshal([]byte(metadata), &m.Metadata); err != nil {
-			return fmt.Errorf("header %s: %w", headerMetadata, err)
-		}
-	}
-	m.Data = data
-	if m.key, err = unquote(get(h, headerKey)); err != nil {
-		return fmt.Errorf("header %s: %w", headerKey, err)
-	}
-	if m.fingerprint, err = unquote(get(h, headerFingerprint)); err != nil {
-		return fmt.Errorf("header %s: %w", headerFingerprint, err)
-	}
-	if m.previous, err = parseTrail(previous, m.Version, sequence); err != nil {
-		return fmt.Errorf("header %s: %w", headerEvent, err)
-	}
-	return nil
+	m.previous, err = parseTrail(previous, m.Version, sequence)
+	return err
 }
 
 // get returns a header without looking for other spellings of its name.

@@ -85,6 +85,7 @@ type settings struct {
 	dropReply   func() bool              // makes an answer get lost
 	reply       func([]byte) []byte      // makes another server answer first
 	copies      func() int               // how often an answer to a load arrives
+	tamper      func(*client.Msg)        // changes an answer to a load
 	stale       func(*getRequest) bool   // makes a leader of yesterday answer, who has none of what is asked for
 	headsMost   int
 	windowBytes int           // of events that a backward read holds
@@ -378,19 +379,19 @@ func (s *Store) watch() {
 	})
 }
 
-// headerAllowance is what is set aside for headers in the largest message.
-const headerAllowance = 64 << 10
+// allowance is what is set aside for tags, metadata and the rest in the largest message.
+const allowance = 64 << 10
 
 // smallestMessage is the least that max_payload and max_msg_size must allow.
-const smallestMessage = 2 * headerAllowance
+const smallestMessage = 2 * allowance
 
 // Limits returns what one commit and one event may have. They depend on the
 // server's max_payload and the stream's max_msg_size: with the default, 1 MiB,
-// an event may have 960 KiB, its headers not counted.
+// an event may have 960 KiB, its tags and metadata included.
 func (s *Store) Limits() eventstore.Limits {
 	limits := eventstore.DefaultLimits()
 	if most := s.payload.Load(); most > 0 {
-		limits.EventBytes = max(min(limits.EventBytes, int(most)-headerAllowance), 1)
+		limits.EventBytes = max(min(limits.EventBytes, int(most)-allowance), 1)
 	}
 	return limits
 }

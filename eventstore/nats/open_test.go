@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"os"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +46,7 @@ func TestOpen_RefusesBadStreams(t *testing.T) {
 		metadataLogID:            func(s *jetstream.StreamConfig) { s.Metadata = nil },
 		metadataFormat:           func(s *jetstream.StreamConfig) { s.Metadata[metadataFormat] = "x" },
 		metadataFormat + " is 1": func(s *jetstream.StreamConfig) { s.Metadata[metadataFormat] = "1" },
+		metadataFormat + " is 2": func(s *jetstream.StreamConfig) { s.Metadata[metadataFormat] = "2" },
 	} {
 		config := Config(newName(), 1, "x")
 		change(&config)
@@ -56,7 +58,7 @@ func TestOpen_RefusesBadStreams(t *testing.T) {
 		require.ErrorContains(t, err, config.Name, "the error names the stream")
 	}
 	newer := Config(newName(), 1, "x")
-	newer.Metadata[metadataFormat] = "3"
+	newer.Metadata[metadataFormat] = strconv.Itoa(format + 1)
 	_, err = js.CreateStream(t.Context(), newer)
 	require.NoError(t, err)
 	_, err = Open(t.Context(), c.URL(), Stream(newer.Name), quiet())

@@ -33,6 +33,9 @@ type load struct {
 	store   *Store
 	number  uint64
 	prefix  string
+	careful bool // the server is to say which stream it has looked into
+	bare    bool // it did not always
+	of      *streamSubject
 	answers chan numbered
 	open    int         // requests without an answer, about: answers may come late or twice
 	costs   map[int]int // what is reserved for them
@@ -51,7 +54,7 @@ const (
 	underWay = 8 << 20
 )
 
-func (p *pipe) begin(s *Store) (*load, error) {
+func (p *pipe) begin(s *Store, of eventstore.Stream, careful bool) (*load, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.sub == nil {
@@ -67,7 +70,7 @@ func (p *pipe) begin(s *Store) (*load, error) {
 		p.sub, p.loads = sub, map[uint64]*load{}
 	}
 	p.count++
-	l := &load{store: s, number: p.count, answers: make(chan numbered, inFlight), costs: map[int]int{}}
+	l := &load{store: s, number: p.count, careful: careful, of: s.subjects.streamSubject(of), answers: make(chan numbered, inFlight), costs: map[int]int{}}
 	l.prefix = p.prefix + strconv.FormatUint(l.number, 10) + "-"
 	p.loads[l.number] = l
 	return l, nil
@@ -147,6 +150,9 @@ func (p *pipe) arrived(m *client.Msg) {
 	if l == nil {
 		return
 	}
+	if hook := l.store.settings.tamper; hook != nil {
+		hook(m)
+	}
 	copies := 1
 	if hook := l.store.settings.copies; hook != nil {
 		copies = hook()
@@ -165,7 +171,10 @@ func (l *load) ask(number int, sequence uint64) bool {
 	if stale := s.settings.stale; stale != nil && stale(&getRequest{Sequence: sequence}) {
 		return false
 	}
-	body := strconv.AppendUint([]byte(`{"seq":`), sequence, 10)
+	body := strconv.AppendUint(append(make([]byte, 0, 64), `{"seq":`...), sequence, 10)
+	if !l.careful {
+		body = append(body, `,"no_hdr":true`...)
+	}
 	if s.conn.PublishRequest("$JS.API.DIRECT.GET."+s.settings.stream, l.prefix+strconv.Itoa(number), append(body, '}')) != nil {
 		return false
 	}
@@ -173,12 +182,23 @@ func (l *load) ask(number int, sequence uint64) bool {
 	return true
 }
 
+// read reads the answer to ask: nil if there is no such message. Without headers,
+// which cost the server more than anything else about an answer, nothing but what
+// the message says tells that it is the right one.
+func (l *load) read(m *client.Msg, sequence uint64) (*message, error) {
+	if len(m.Header) > 0 {
+		return l.store.answer(m)
+	}
+	l.bare = true
+	return l.store.subjects.decodeAs(l.of, "", sequence, m.Data)
+}
+
 // walk returns events of the stream that ends at the head, the last one first:
 // down to but without the version above, to the first one that is not behind the
 // position after, most of them at most if that is not 0, and until they have
 // about so many bytes if that is not 0. have is the last event, when it was read
 // already.
-func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *message, above uint64, after eventstore.Position, most, bytes int) ([]*message, error) {
+func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *message, above uint64, after eventstore.Position, most, bytes int) (found []*message, err error) {
 	limit := int(h.version - min(above, h.version))
 	if most > 0 {
 		limit = min(limit, most)
@@ -186,7 +206,20 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 	if limit == 0 {
 		return nil, nil
 	}
-	l, err := s.pipe.begin(s)
+	found, err = s.walkOnce(ctx, of, h, have, limit, after, bytes, false)
+	if errors.Is(err, errUnsure) {
+		// It may have been a mirror that answered, of what the log was once.
+		found, err = s.walkOnce(ctx, of, h, have, limit, after, bytes, true)
+	}
+	return found, err
+}
+
+// errUnsure marks what is wrong with events of which the server did not say from
+// which stream they are.
+var errUnsure = errors.New("the server was not asked which stream it has looked into")
+
+func (s *Store) walkOnce(ctx context.Context, of eventstore.Stream, h head, have *message, limit int, after eventstore.Position, bytes int, careful bool) ([]*message, error) {
+	l, err := s.pipe.begin(s, of, careful)
 	if err != nil {
 		return nil, unavailable("read a stream", err)
 	}
@@ -199,6 +232,14 @@ func (s *Store) walk(ctx context.Context, of eventstore.Stream, h head, have *me
 		return nil, err
 	}
 	return w.take(), nil
+}
+
+// doubt marks the error if events may be wrong of which that cannot be told.
+func (l *load) doubt(err error) error {
+	if err != nil && l.bare {
+		return fmt.Errorf("%w (%w)", err, errUnsure)
+	}
+	return err
 }
 
 // descend asks until it has what is wanted.
@@ -235,7 +276,7 @@ func (s *Store) descend(ctx context.Context, l *load, w *descent) error {
 			l.open = 0
 			numbers, wanted, err := w.missing()
 			if err != nil {
-				return err
+				return l.doubt(err)
 			}
 			found, err := s.many(ctx, wanted)
 			if err != nil {
@@ -243,7 +284,7 @@ func (s *Store) descend(ctx context.Context, l *load, w *descent) error {
 			}
 			for k, i := range numbers {
 				if err := w.place(i, found[k]); err != nil {
-					return err
+					return l.doubt(err)
 				}
 			}
 			continue
@@ -265,14 +306,17 @@ func (s *Store) descend(ctx context.Context, l *load, w *descent) error {
 		}
 		l.open--
 		s.pipe.got(l, a.number)
-		m, err := s.answer(a.answer)
+		if a.number < 0 || a.number >= len(w.sequences) {
+			continue
+		}
+		m, err := l.read(a.answer, w.sequences[a.number])
 		switch {
 		case errors.Is(err, errAgain): // it stays missing
 		case err != nil:
-			return err
+			return l.doubt(err)
 		case m != nil:
 			if err := w.place(a.number, m); err != nil {
-				return err
+				return l.doubt(err)
 			}
 		}
 	}
@@ -289,17 +333,18 @@ type descent struct {
 
 	sequences []uint64 // 0: not known
 	got       []*message
-	ask       []int // known and not asked for, in the order of asking
-	given     int   // those before this one have been taken
-	whole     int   // there is none missing before this one
-	held      int   // bytes of those that can be taken
-	size      int   // bytes of all that have not been taken
-	largest   int   // bytes of the largest so far
-	count     int   // how many have come
+	ask       []int  // known and not asked for, in the order of asking
+	given     int    // those before this one have been taken
+	whole     int    // there is none missing before this one
+	held      int    // bytes of those that can be taken
+	size      int    // bytes of all that have not been taken
+	largest   int    // bytes of the largest so far
+	count     int    // how many have come
+	check     uint32 // of the event that comes next
 }
 
 func newDescent(of eventstore.Stream, h head, have *message, limit int, after eventstore.Position, bytes int) (*descent, error) {
-	w := &descent{of: of, version: h.version, end: limit, limit: limit, after: after, bytes: bytes}
+	w := &descent{of: of, version: h.version, end: limit, limit: limit, after: after, bytes: bytes, check: checkOf(h.last)}
 	if err := w.learn(h.version+1, h.previous); err != nil {
 		return nil, err
 	}
@@ -324,9 +369,9 @@ func (w *descent) take() []*message {
 }
 
 // more wants so many more than were taken.
-func (w *descent) more(most int) {
+func (w *descent) more(most int) error {
 	w.limit = min(w.end, w.given+most)
-	w.advance()
+	return w.advance()
 }
 
 // window is how many may be asked for at once: few, as long as it is not known
@@ -389,15 +434,23 @@ func (w *descent) place(i int, m *message) error {
 	weight := weigh(&m.Recorded)
 	w.size += weight
 	w.largest = max(w.largest, weight)
-	w.advance()
+	if err := w.advance(); err != nil {
+		return err
+	}
 	return w.learn(m.Version, m.previous)
 }
 
-func (w *descent) advance() {
+func (w *descent) advance() error {
 	for w.whole < len(w.got) && w.got[w.whole] != nil && !w.done() {
-		w.held += weigh(&w.got[w.whole].Recorded)
+		m := w.got[w.whole]
+		if checkOf(m.ID) != w.check {
+			return fmt.Errorf("%w: version %d of stream %q at sequence %d is not the event that the one behind it follows: the servers have answered from different logs, or have lost events", eventstore.ErrGap, m.Version, w.of, m.Position)
+		}
+		w.check = m.before
+		w.held += weigh(&m.Recorded)
 		w.whole++
 	}
+	return nil
 }
 
 // done reports whether nothing more is wanted.

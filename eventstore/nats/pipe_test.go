@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+	client "github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/require"
 
@@ -144,4 +146,60 @@ func TestLoad_Hole(t *testing.T) {
 	require.ErrorIs(t, err, eventstore.ErrGap)
 	_, err = store.history(t.Context(), ann, h, 40, 0)
 	require.NoError(t, err)
+}
+
+// A mirror of what the log was once answers: the same streams and versions at the
+// same sequences, but other events. They are not believed, and the load is repeated
+// with what tells whose they are.
+func TestLoad_OfAnotherPast(t *testing.T) {
+	t.Parallel()
+	c := shared.get(t, 1)
+	for name, change := range map[string]func(m *message, e *eventstore.Event){
+		"another event":  func(m *message, e *eventstore.Event) { e.ID = uuid.New() },
+		"another stream": func(m *message, e *eventstore.Event) { e.Stream = account("bob") },
+		"another version": func(m *message, e *eventstore.Event) {
+			m.Version++
+			m.previous = m.previous.next(m.Version, uint64(m.Position)-1)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			names := subjects{}
+			var bare, headed atomic.Int64
+			store, _ := openLog(t, c, hooked(func(s *settings) {
+				s.tamper = func(answer *client.Msg) {
+					if len(answer.Header) > 0 {
+						headed.Add(1)
+						return
+					}
+					bare.Add(1)
+					m, err := names.decode("", 1<<40, answer.Data)
+					if err != nil || m.Version != 30 {
+						return
+					}
+					e := eventstore.Event{ID: m.ID, Stream: m.Stream, Type: m.Type, Data: []byte("another"), Time: m.Time}
+					change(m, &e)
+					written, err := names.encode(&e)
+					if err == nil {
+						answer.Data = written.payload(place{version: m.Version, before: m.before, previous: m.previous, index: 1, count: 1})
+					}
+				}
+			}))
+			names.prefix = store.subjects.prefix
+			ann := account("ann")
+			events := happened(ann, 100)
+			for _, e := range events {
+				_, err := store.Append(t.Context(), eventstore.Commit{Events: []eventstore.Event{e}})
+				require.NoError(t, err)
+			}
+			got := read(t, store, eventstore.OneStream(ann), eventstore.ReadOptions{})
+			require.Len(t, got, len(events))
+			for i := range got {
+				require.Equal(t, string(events[i].Data), string(got[i].Data))
+				require.EqualValues(t, i+1, got[i].Version)
+			}
+			require.NotZero(t, bare.Load())
+			require.GreaterOrEqual(t, headed.Load(), int64(90), "it was repeated")
+		})
+	}
 }

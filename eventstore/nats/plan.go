@@ -253,52 +253,49 @@ func placed(r eventstore.Receipt, first uint64) eventstore.Receipt {
 // before the events.
 func (p *plan) add(names subjects, e *entry) {
 	start := len(p.messages)
+	var guards []eventstore.Stream
 	for _, of := range e.streams[len(e.writes):] {
 		if t := p.tracks[of]; !t.guarded {
 			t.guarded = true
-			p.messages = append(p.messages, &client.Msg{Subject: names.conditions(), Header: client.Header{
-				headerExpected:        {strconv.FormatUint(t.base.sequence, 10)},
-				headerExpectedSubject: {names.of(of)},
-			}})
+			guards = append(guards, of)
 		}
 	}
-	count := len(p.messages) - start + len(e.commit.Events)
+	count := len(guards) + len(e.commit.Events)
+	for i, of := range guards {
+		p.messages = append(p.messages, &client.Msg{Subject: names.conditions(), Data: appendIndex(nil, i+1, count), Header: client.Header{
+			headerExpected:        {strconv.FormatUint(p.tracks[of].base.sequence, 10)},
+			headerExpectedSubject: {names.of(of)},
+		}})
+	}
 	receipt := eventstore.Receipt{First: eventstore.Position(len(p.messages)), Fingerprint: e.commit.Fingerprint}
 	for i := range e.commit.Events {
 		number := len(p.messages)
 		event, t := &e.commit.Events[i], p.tracks[e.commit.Events[i].Stream]
-		m := e.encoded[i].message(5)
-		h := m.Header
-		h[headerEvent] = []string{e.encoded[i].eventHeader(t.version+1, t.trail, number)}
+		at := place{version: t.version + 1, before: checkOf(t.last), previous: t.trail, number: number, index: number - start + 1, count: count}
 		if i == 0 && e.commit.Key != "" {
-			h[headerKey] = []string{quote(e.commit.Key)}
-			h[headerFingerprint] = []string{strconv.QuoteToASCII(e.commit.Fingerprint)} // any bytes
+			at.key, at.fingerprint = e.commit.Key, e.commit.Fingerprint
 			if t.keys == nil {
 				t.keys = map[string]int{}
 			}
 			t.keys[e.commit.Key] = len(p.entries)
 		}
+		m := &client.Msg{Subject: e.encoded[i].subject, Header: make(client.Header, 4), Data: e.encoded[i].payload(at)}
 		if !t.guarded {
 			t.guarded = true
-			h[headerExpected] = []string{strconv.FormatUint(t.base.sequence, 10)}
+			m.Header[headerExpected] = []string{strconv.FormatUint(t.base.sequence, 10)}
 		}
 		p.messages = append(p.messages, m)
 		t.version++
 		t.trail = t.trail.next(t.version, planned|uint64(number))
 		t.last = event.ID
 		t.events = append(t.events, number)
-		at := slices.IndexFunc(receipt.Revisions, func(r eventstore.StreamRevision) bool { return r.Stream == event.Stream })
-		if at < 0 {
-			at = len(receipt.Revisions)
+		of := slices.IndexFunc(receipt.Revisions, func(r eventstore.StreamRevision) bool { return r.Stream == event.Stream })
+		if of < 0 {
+			of = len(receipt.Revisions)
 			receipt.Revisions = append(receipt.Revisions, eventstore.StreamRevision{Stream: event.Stream})
 		}
-		receipt.Revisions[at].Revision = eventstore.Revision{Version: t.version, Position: eventstore.Position(number)}
+		receipt.Revisions[of].Revision = eventstore.Revision{Version: t.version, Position: eventstore.Position(number)}
 		receipt.Last = eventstore.Position(number)
-	}
-	if count > 1 {
-		for i, m := range p.messages[start:] {
-			m.Header[headerCommit] = []string{strconv.Itoa(i+1) + "/" + strconv.Itoa(count)}
-		}
 	}
 	e.base = p.tracks[e.writes[0]].base
 	e.bases = e.bases[:0]

@@ -62,8 +62,9 @@ func full(refused *jetstream.APIError) bool {
 var errFull = errors.New("there is no more room")
 
 // execute finds the outcome of every entry of the group. Nobody else writes
-// their streams from this process meanwhile.
-func (s *Store) execute(group []*entry) {
+// their streams from this process meanwhile. It returns whom the last batch has
+// answered, if nothing stood in its way.
+func (s *Store) execute(group []*entry) (last answered) {
 	pending := group
 	known := map[eventstore.Stream]bool{}
 	var deadline time.Time
@@ -72,20 +73,20 @@ func (s *Store) execute(group []*entry) {
 	for {
 		pending = slices.DeleteFunc(slices.Clone(pending), (*entry).isDone)
 		if len(pending) == 0 {
-			return
+			return last
 		}
 		if !deadline.IsZero() && time.Now().After(deadline) || fruitless > 5 && s.closed() {
 			s.giveUp(pending, trouble)
-			return
+			return answered{}
 		}
 		reconnects := s.conn.Stats().Reconnects
 		if err := s.verifyReconnected(s.base); err != nil {
 			s.giveUp(pending, err)
-			return
+			return answered{}
 		}
 		if _, wrong := s.guard.state(); wrong != nil {
 			s.giveUp(pending, wrong)
-			return
+			return answered{}
 		}
 		p, err := s.plan(s.base, pending, known, fruitless > 2)
 		if err != nil {
@@ -93,10 +94,10 @@ func (s *Store) execute(group []*entry) {
 				for _, e := range pending { // it is the trouble of one of them
 					s.execute([]*entry{e})
 				}
-				return
+				return answered{}
 			}
 			s.giveUp(pending, err)
-			return
+			return answered{}
 		}
 		if !p.begin() { // somebody has gone: what was decided may not hold without them
 			continue
@@ -105,8 +106,13 @@ func (s *Store) execute(group []*entry) {
 			pending = p.left
 			continue
 		}
+		sent := time.Now()
 		outcome, first, err := s.send(p, reconnects)
 		if outcome == outcomeWritten {
+			last = answered{callers: len(p.entries) + len(p.held), before: s.scheduler.waits(), took: time.Since(sent)}
+			if trouble != nil {
+				last = answered{} // who waited for that long may not come again at once
+			}
 			s.record(p, first, known)
 			pending, deadline, wait, fruitless, busy = p.left, time.Time{}, time.Millisecond, 0, 0
 			continue
@@ -154,7 +160,7 @@ func (s *Store) execute(group []*entry) {
 		moved, err := s.moved(p, known)
 		if err != nil {
 			s.giveUp(pending, err)
-			return
+			return answered{}
 		}
 		if !moved {
 			fruitless++

@@ -141,7 +141,7 @@ func (s *Store) within(ctx context.Context, fn func(context.Context) error) erro
 }
 
 func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, last *message, q eventstore.Query, o eventstore.ReadOptions, through eventstore.Position, give func([]eventstore.Recorded) bool) error {
-	l, err := s.pipe.begin(s)
+	l, err := s.pipe.begin(s, of, true)
 	if err != nil {
 		return unavailable("read a stream", err)
 	}
@@ -152,7 +152,9 @@ func (s *Store) readBackward(ctx context.Context, of eventstore.Stream, h head, 
 	}
 	// It begins small: who reads backward often wants the last event only.
 	for most := near; w.given < w.end; most = min(2*most, inFlight) {
-		w.more(most)
+		if err := w.more(most); err != nil {
+			return err
+		}
 		if err := s.within(ctx, func(ctx context.Context) error { return s.descend(ctx, l, w) }); err != nil {
 			return err
 		}

@@ -25,6 +25,7 @@ type getRequest struct {
 	Batch     int      `json:"batch,omitempty"`
 	MaxBytes  int      `json:"max_bytes,omitempty"`
 	UpTo      uint64   `json:"up_to_seq,omitempty"`
+	NoHeaders bool     `json:"no_hdr,omitempty"` // a server that does not know it sends them
 }
 
 // errAgain: the answer is no answer; the same request can be sent again.
@@ -145,7 +146,7 @@ func (s *Store) answer(m *client.Msg) (*message, error) {
 	if err != nil {
 		return nil, fmt.Errorf("the server's answer has the sequence %q", get(m.Header, "Nats-Sequence"))
 	}
-	return s.subjects.decode(get(m.Header, "Nats-Subject"), sequence, m.Header, m.Data)
+	return s.subjects.decode(get(m.Header, "Nats-Subject"), sequence, m.Data)
 }
 
 // leader asks the server that leads the stream, which knows all that was
@@ -154,7 +155,9 @@ func (s *Store) leader(ctx context.Context, r *getRequest) (*message, error) {
 	if s.settings.stale != nil && s.settings.stale(r) {
 		return nil, nil
 	}
-	m, err := s.request(ctx, "$JS.API.STREAM.MSG.GET."+s.settings.stream, r)
+	payload := *r
+	payload.NoHeaders = true
+	m, err := s.request(ctx, "$JS.API.STREAM.MSG.GET."+s.settings.stream, &payload)
 	if err != nil {
 		return nil, err
 	}
@@ -163,7 +166,6 @@ func (s *Store) leader(ctx context.Context, r *getRequest) (*message, error) {
 		Message *struct {
 			Subject  string `json:"subject"`
 			Sequence uint64 `json:"seq"`
-			Header   string `json:"hdrs"`
 			Data     string `json:"data"`
 		} `json:"message"`
 	}
@@ -182,21 +184,11 @@ func (s *Store) leader(ctx context.Context, r *getRequest) (*message, error) {
 	if answer.Message == nil {
 		return nil, errors.New("the server's answer has no message")
 	}
-	header, err := base64.StdEncoding.DecodeString(answer.Message.Header)
-	if err != nil {
-		return nil, fmt.Errorf("the server's answer cannot be understood: %w", err)
-	}
 	data, err := base64.StdEncoding.DecodeString(answer.Message.Data)
 	if err != nil {
 		return nil, fmt.Errorf("the server's answer cannot be understood: %w", err)
 	}
-	var h client.Header
-	if len(header) > 0 {
-		if h, err = client.DecodeHeadersMsg(header); err != nil {
-			return nil, errForeign(answer.Message.Sequence, answer.Message.Subject, err)
-		}
-	}
-	return s.subjects.decode(answer.Message.Subject, answer.Message.Sequence, h, data)
+	return s.subjects.decode(answer.Message.Subject, answer.Message.Sequence, data)
 }
 
 // fresh asks whoever knows all that was acknowledged. The only server that has

@@ -343,7 +343,7 @@ func TestServer_BatchesAreIsolated(t *testing.T) {
 				}
 				var all []*client.Msg
 				for i := range 50 {
-					all = append(all, r.message("0.a.1", headerCommit, fmt.Sprint(i+1)))
+					all = append(all, r.message("0.a.1", "Test-Number", fmt.Sprint(i+1)))
 				}
 				if a := r.batch(all...); a.Error != nil {
 					written <- a.Error
@@ -366,7 +366,7 @@ func TestServer_BatchesAreIsolated(t *testing.T) {
 					continue
 				}
 				require.NoError(t, err)
-				require.Equal(t, "50", m.Header.Get(headerCommit), "half a batch is visible")
+				require.Equal(t, "50", m.Header.Get("Test-Number"), "half a batch is visible")
 				seen[m.Sequence] = true
 			}
 		}

@@ -129,7 +129,7 @@ func TestMessages_ComeBack(t *testing.T) {
 			Metadata: eventstore.Metadata{Actor: text.Draw(t, "actor"), Extra: rapid.MapOfN(text, text, 0, 3).Draw(t, "extra")},
 		}
 		if rapid.IntRange(0, 3).Draw(t, "large") == 0 {
-			e.Metadata.Extra["large"] = strings.Repeat("\"ü", metadataInHeader/2)
+			e.Metadata.Extra["large"] = strings.Repeat("\"ü", 8<<10)
 		}
 		c := eventstore.Commit{Events: []eventstore.Event{e}, Key: text.Draw(t, "key"), Fingerprint: string(rapid.SliceOfN(rapid.Byte(), 1, 20).Draw(t, "fingerprint"))}
 		if _, err := c.Prepare(eventstore.DefaultLimits(), time.Now); err != nil {

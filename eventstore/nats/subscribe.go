@@ -178,7 +178,7 @@ func (f *follower) consume(ctx context.Context) error {
 		} else {
 			a.replaced = at.Sequence.Consumer == 1 && !first
 			first = false
-			a.message, a.err = s.subjects.decode(m.Subject(), at.Sequence.Stream, m.Headers(), m.Data())
+			a.message, a.err = s.subjects.decode(m.Subject(), at.Sequence.Stream, m.Data())
 		}
 		select {
 		case arrivals <- a:

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/uuid"
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
@@ -63,9 +64,12 @@ func TestTrail_Far(t *testing.T) {
 func written(of eventstore.Stream, n int, size func() int) []*message {
 	var all []*message
 	var trail trail
+	before := uint32(0)
 	for version := uint64(1); version <= uint64(n); version++ {
 		sequence := 1000 * version
-		all = append(all, &message{Recorded: eventstore.Recorded{Stream: of, Version: version, Position: eventstore.Position(sequence), Data: make([]byte, size())}, previous: trail})
+		id := uuid.New()
+		all = append(all, &message{Recorded: eventstore.Recorded{ID: id, Stream: of, Version: version, Position: eventstore.Position(sequence), Data: make([]byte, size())}, previous: trail, before: before})
+		before = checkOf(id)
 		trail = trail.next(version, sequence)
 	}
 	return all
@@ -259,6 +263,7 @@ func TestDescent_Wrong(t *testing.T) {
 		"another place":   func(all []*message) { all[30].previous[3]-- },
 		"another far one": func(all []*message) { all[30].previous[9]-- },
 		"another version": func(all []*message) { all[30].Version++ },
+		"another event":   func(all []*message) { all[30].ID = uuid.New() },
 		"another stream":  func(all []*message) { all[30].Stream.ID = "bob" },
 		"no trail":        func(all []*message) { all[30].previous = nil },
 	} {
