@@ -78,6 +78,29 @@ func BenchmarkTimers(b *testing.B) {
 	}
 }
 
+// BenchmarkDue fires timers that are all due at the same instant, of runs that
+// are not in memory: one iteration is one run, from there to its end.
+func BenchmarkDue(b *testing.B) {
+	for _, backend := range backends {
+		b.Run(backend.name, func(b *testing.B) {
+			bench := startBench(b, backend.open(b), clock.NewManual(t0), saga.Options{}, alarm())
+			parkTimers(b, bench.store, b.N, func(int) time.Time { return t0.Add(day) })
+			bench.settle()
+			_, err := bench.engine.List(b.Context(), "alarm", saga.ListOptions{Limit: 1})
+			require.NoError(b, err)
+			require.Zero(b, bench.engine.InMemory("alarm"))
+			b.ReportAllocs()
+			b.ResetTimer()
+			before := cpuTime()
+			bench.clock.Set(t0.Add(day))
+			awaitEnded(b, bench.store, b.N)
+			b.StopTimer()
+			b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "fires/s")
+			b.ReportMetric(float64((cpuTime()-before).Microseconds())/float64(b.N), "cpu-us/fire")
+		})
+	}
+}
+
 // BenchmarkSteps runs sagas of three steps, started by 64 callers that wait for
 // the result.
 func BenchmarkSteps(b *testing.B) {

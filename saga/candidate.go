@@ -13,6 +13,7 @@ import (
 
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/clock"
+	"github.com/deed-go/deed/internal/ownership"
 	"github.com/deed-go/deed/internal/worker"
 	"github.com/deed-go/deed/projection"
 )
@@ -23,12 +24,16 @@ import (
 type candidate struct {
 	role
 	state  projection.State
+	store  eventstore.Store
+	apart  bool // from the states of the others
+	group  *ownership.Group
 	clock  clock.Clock
 	owner  string // in the lease
 	named  string // by the options
 	ttl    time.Duration
 	logger *slog.Logger
 
+	fenced   func()
 	opened   chan struct{} // closed when the worker, or the one that has the lease, knows where it begins
 	openOnce sync.Once
 	held     projection.Lease // the last one, as long as it may have to be released; used by Run
@@ -41,7 +46,10 @@ type candidate struct {
 	changed chan struct{} // closed, and replaced, when any of these changes
 }
 
-var _ worker.Worker = (*candidate)(nil)
+var (
+	_ worker.Worker  = (*candidate)(nil)
+	_ worker.Offerer = (*candidate)(nil)
+)
 
 // role is what a candidate needs to know of its process.
 type role struct {
@@ -54,8 +62,8 @@ type role struct {
 
 func newCandidate(e *Engine, r role) *candidate {
 	return &candidate{
-		role: r, state: e.state, clock: e.env.clock, owner: e.options.Owner, named: e.options.Owner,
-		ttl: e.options.LeaseTTL, logger: e.env.logger, opened: make(chan struct{}), changed: make(chan struct{}),
+		role: r, state: e.state, store: e.env.store, apart: e.options.Leases != nil, group: e.options.Group, clock: e.env.clock, owner: e.options.Owner, named: e.options.Owner,
+		ttl: e.options.LeaseTTL, logger: e.env.logger, fenced: func() { e.env.tell.count(e.env.tell.fenced, r.name) }, opened: make(chan struct{}), changed: make(chan struct{}),
 	}
 }
 
@@ -77,6 +85,13 @@ func (c *candidate) current() *runner {
 
 // Name implements worker.Worker.
 func (c *candidate) Name() string { return c.name }
+
+// Offer implements worker.Offerer.
+func (c *candidate) Offer() {
+	if c.group != nil {
+		c.group.Offer(c.name)
+	}
+}
 
 // Ready implements worker.Worker.
 func (c *candidate) Ready(ctx context.Context) error {
@@ -125,7 +140,94 @@ func (c *candidate) Run(ctx context.Context) error {
 }
 
 func (c *candidate) run(ctx context.Context) error {
-	defer func() { _ = c.release(ctx) }()
+	if c.group == nil {
+		return c.take(ctx)
+	}
+	unit := c.group.Offer(c.name)
+	defer unit.Withdraw()
+	for {
+		turn, err := c.await(ctx, unit)
+		if err != nil {
+			return err
+		}
+		err = c.take(turn)
+		if ctx.Err() != nil || turn.Err() == nil || err != nil && lasting(err) {
+			return err
+		}
+		c.logger.Info("the work is handed over", "worker", c.name, "reason", context.Cause(turn))
+		if err != nil && !errors.Is(err, context.Canceled) {
+			c.logger.Warn("what was done last could not be stored; it is found in the log again", "worker", c.name, "error", err)
+		}
+		if err := c.letGo(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// letGo releases the lease when that has failed before: nobody else can have it
+// as long as this process lives.
+func (c *candidate) letGo(ctx context.Context) error {
+	for n := 0; ; n++ {
+		err := c.release(ctx)
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case lasting(err):
+			return fmt.Errorf("%s: %w", c.name, err)
+		}
+		pause(ctx, backoff(n))
+	}
+}
+
+// await returns when it is this node's turn, and a context that ends with that.
+func (c *candidate) await(ctx context.Context, unit *ownership.Unit) (context.Context, error) {
+	looking, cancel := context.WithCancel(ctx)
+	var looks sync.WaitGroup
+	looks.Go(func() { c.lookForPlace(looking) })
+	defer c.change(func() { c.standby = false })
+	defer looks.Wait()
+	defer cancel()
+	turn, err := unit.Wait(ctx)
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return turn, err
+}
+
+// lookForPlace stands by as soon as somebody has found the place in the log where
+// the process begins.
+func (c *candidate) lookForPlace(ctx context.Context) {
+	for {
+		if placed, err := c.placed(ctx); placed && err == nil {
+			c.openOnce.Do(func() { close(c.opened) })
+			c.change(func() { c.standby = true })
+			return
+		}
+		if !pause(ctx, lookAtLast/5) {
+			return
+		}
+	}
+}
+
+// placed reports whether it is known where in the log the process begins.
+func (c *candidate) placed(ctx context.Context) (bool, error) {
+	if c.apart {
+		_, known, err := registered(ctx, c.store, c.name)
+		return known, err
+	}
+	var at projection.Checkpoint
+	err := c.state.View(ctx, func(tx projection.StateTx) (err error) {
+		at, err = tx.Checkpoint(c.name)
+		return err
+	})
+	return !at.IsZero(), err
+}
+
+// take runs the process whenever it has the lease, until ctx ends.
+func (c *candidate) take(ctx context.Context) error {
+	defer func() { _ = c.release(context.WithoutCancel(ctx)) }()
 	for {
 		lease, err := c.acquire(ctx)
 		if err != nil {
@@ -144,6 +246,7 @@ func (c *candidate) run(ctx context.Context) error {
 			return nil
 		}
 		c.logger.Warn("lost the lease to another owner", "worker", c.name, "error", err)
+		c.fenced()
 		// The name that takes leases over has served: were two engines of one name
 		// alive, they would take it from one another for ever.
 		c.owner = c.named + "/" + uuid.NewString()
@@ -157,9 +260,13 @@ func (c *candidate) run(ctx context.Context) error {
 func (c *candidate) acquire(ctx context.Context) (projection.Lease, error) {
 	defer c.change(func() { c.standby = false })
 	failures := 0
+	began := time.Now()
 	for told := false; ; {
 		lease, err := c.tryAcquire(ctx)
 		wait := leaseRetry - leaseRetry/10 + rand.N(leaseRetry/5)
+		if c.group != nil && time.Since(began) < handoverPatience {
+			wait = handoverRetry // whoever has it gives it up, or is dead
+		}
 		switch {
 		case err == nil:
 			return lease, nil
@@ -185,7 +292,7 @@ func (c *candidate) acquire(ctx context.Context) (projection.Lease, error) {
 }
 
 func (c *candidate) tryAcquire(ctx context.Context) (projection.Lease, error) {
-	if err := c.release(ctx); err != nil {
+	if err := c.release(context.WithoutCancel(ctx)); err != nil {
 		return projection.Lease{}, err
 	}
 	lease, err := c.state.Acquire(ctx, c.name, c.owner, c.ttl)
@@ -201,12 +308,18 @@ func (c *candidate) release(ctx context.Context) error {
 	if c.held.Epoch == 0 {
 		return nil
 	}
-	if err := c.state.Release(context.WithoutCancel(ctx), c.held); err != nil {
+	if err := c.state.Release(ctx, c.held); err != nil {
 		return err
 	}
 	c.held = projection.Lease{}
 	return nil
 }
+
+// A node whose turn it is tries to acquire the lease more often, for a while.
+const (
+	handoverRetry    = 50 * time.Millisecond
+	handoverPatience = 30 * time.Second
+)
 
 // How often whoever stands by looks at the index, while somebody waits: more
 // and more seldom.
@@ -216,7 +329,8 @@ const (
 )
 
 // WaitThrough implements worker.Worker. Standing by, it goes by the index that
-// the owner stores.
+// the owner stores; where that is a state of the owner's own, there is nothing
+// to go by, and it does not wait.
 func (c *candidate) WaitThrough(ctx context.Context, p eventstore.Position) error {
 	for pace := lookAtFirst; ; {
 		c.mu.Lock()
@@ -230,6 +344,8 @@ func (c *candidate) WaitThrough(ctx context.Context, p eventstore.Position) erro
 				return err
 			}
 			pace = lookAtFirst
+		case standby && c.apart:
+			return nil
 		case standby:
 			done, err := c.settled(ctx, p)
 			if done || ctx.Err() != nil || err != nil && lasting(err) {

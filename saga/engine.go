@@ -1,19 +1,27 @@
 package saga
 
 import (
+	"bytes"
 	"context"
-	"errors"
+	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
+	"reflect"
 	"slices"
+	"strings"
 	"time"
 
 	jsonv1 "github.com/go-json-experiment/json/v1"
 	"github.com/google/uuid"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/deed-go/deed/command"
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/clock"
+	"github.com/deed-go/deed/internal/ownership"
 	"github.com/deed-go/deed/internal/worker"
 	"github.com/deed-go/deed/projection"
 )
@@ -31,20 +39,41 @@ type Options struct {
 	// name of an earlier one takes its leases over, once: who was fenced waits its
 	// turn like any other.
 	Owner string
+	// Group says which of the sagas and reactions this engine is to run, of those
+	// that several engines on one state could: work is spread over them, and moves when
+	// they come and go. Without one, whoever acquires a lease first keeps it.
+	Group *ownership.Group
 	// LeaseTTL is how long a lease outlives an owner that has died. Defaults to 0:
-	// until the backend takes its process for gone.
+	// until the backend takes its process for gone; with Leases to 10 s, and to no
+	// less than 6 s.
 	LeaseTTL time.Duration
+	// Leases says where leases are kept when it is not in the state: for engines of
+	// which each has a state of its own, on one log. Who has a lease keeps its index in
+	// its own state; who takes over finds in the log what the other one has done. A
+	// state that other processes use is the better place, since it looks at the lease
+	// in the transaction that commits: here it is the time that says that a lease has
+	// ended, to its owner before it does to the others. It must not be given with
+	// such a state.
+	Leases ownership.Leases
 	// Concurrency bounds how many runs of one saga are at work at the same time;
 	// runs that wait are not. Defaults to 128.
 	Concurrency int
 	// CachedRuns is how many waiting runs of a saga keep their history in memory,
 	// about 2 KB for a short one, instead of reading it again when they go on.
-	// Defaults to 10,000; below 0 for none.
+	// Defaults to 10,000; below 0 for none. Histories of more than 1 MiB are not kept,
+	// and not more than 64 MiB of all.
 	CachedRuns int
 	// Grace is how long, when the engine is stopped, steps may go on by themselves,
 	// and then how long they have after their context was cancelled; the latter also
 	// when another engine has taken over. Defaults to 5 s.
 	Grace time.Duration
+	// TracerProvider makes a span for each attempt of a step or reaction;
+	// MeterProvider counts runs and attempts, and reports what is late. They default
+	// to the global ones of OpenTelemetry.
+	TracerProvider trace.TracerProvider
+	MeterProvider  metric.MeterProvider
+
+	ahead int // rows of a saga in memory that wait for a time to come; 0: as many as is usual
 }
 
 // Engine runs sagas and reactions on a store. It is safe for concurrent use;
@@ -83,8 +112,23 @@ func NewEngine(store eventstore.Store, state projection.State, bus *command.Bus,
 	if o.Grace <= 0 {
 		o.Grace = 5 * time.Second
 	}
+	if o.TracerProvider == nil {
+		o.TracerProvider = otel.GetTracerProvider()
+	}
+	if o.MeterProvider == nil {
+		o.MeterProvider = otel.GetMeterProvider()
+	}
+	if o.Leases != nil {
+		if o.LeaseTTL == 0 {
+			o.LeaseTTL = defaultLeaseTTL
+		}
+		o.LeaseTTL = max(o.LeaseTTL, shortestLeaseTTL)
+		state = newLeasedState(state, o.Leases, o.LeaseTTL, o.Logger)
+	}
 	return &Engine{
-		env:   environment{store: store, clock: o.Clock, bus: bus, encoding: o.Encoding, logger: o.Logger},
+		env: environment{
+			store: store, state: state, clock: o.Clock, bus: bus, encoding: o.Encoding, logger: o.Logger, tell: newTelemetry(&o),
+		},
 		state: state, options: o, sagas: map[string]*candidate{}, reacts: map[string]*candidate{},
 		reactions: map[string]*Reaction{},
 	}
@@ -98,14 +142,26 @@ func (e *Engine) Add(p Process) error {
 	if err := p.Err(); err != nil {
 		return err
 	}
-	if p.kind() == "saga" && e.sagas[p.Name()] != nil || p.kind() == "reaction" && e.reacts[p.Name()] != nil {
+	if whole, ok := p.(interface{ parts() []Process }); ok {
+		for _, part := range whole.parts() {
+			if err := e.Add(part); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	key := p.Name()
+	if pinned, ok := p.(interface{ pinned() string }); ok {
+		key = withBuild(key, pinned.pinned())
+	}
+	if p.kind() == "saga" && e.sagas[key] != nil || p.kind() == "reaction" && e.reacts[p.Name()] != nil {
 		return fmt.Errorf("%w: two %ss are named %q", eventstore.ErrInvalid, p.kind(), p.Name())
 	}
 	built := p.build(e)
 	if r, ok := p.(*Reaction); ok {
 		e.reacts[p.Name()], e.reactions[p.Name()] = built, r
 	} else {
-		e.sagas[p.Name()] = built
+		e.sagas[key] = built
 	}
 	e.workers = append(e.workers, built)
 	return nil
@@ -115,26 +171,17 @@ func (e *Engine) Add(p Process) error {
 func (e *Engine) Workers() []worker.Worker { return slices.Clone(e.workers) }
 
 // Start starts a run of the saga and returns when that is durable. Starting
-// the id again does nothing, whatever the input: a run starts once.
+// the id again with the same input does nothing: a run starts once. With another
+// input the error is [ErrStarted].
 func Start[In, Out any](ctx context.Context, host Host, d *Definition[In, Out], id string, in In) error {
 	if err := d.Err(); err != nil {
 		return err
 	}
-	e := host.Sagas()
 	raw, err := encode(in)
 	if err != nil {
 		return err
 	}
-	r := &Run{saga: d.name, stream: d.stream(id), ctx: ctx, env: &e.env, h: &history{}}
-	r.begun(&payload{Format: historyFormat, In: raw}, command.MetadataOf(ctx))
-	_, err = e.env.store.Append(ctx, eventstore.Commit{
-		Events:     r.buffer,
-		Conditions: []eventstore.Condition{eventstore.StreamAt(r.stream, eventstore.Revision{})},
-	})
-	if err != nil && !errors.Is(err, eventstore.ErrConflict) {
-		return fmt.Errorf("start saga %q, run %q: %w", d.name, id, err)
-	}
-	return nil
+	return host.Sagas().env.start(ctx, &d.blueprint, id, raw, nil)
 }
 
 // Wait waits until the run has ended and returns its result. The error is a
@@ -149,8 +196,12 @@ func Wait[In, Out any](ctx context.Context, host Host, d *Definition[In, Out], i
 	if err != nil {
 		return out, err
 	}
-	if eventType == typeFailed {
-		return out, &FailedError{Saga: d.name, ID: id, Compensated: p.Compensated, failure: *p.Error}
+	if eventType != typeCompleted {
+		failed := &FailedError{Saga: d.name, ID: id, Compensated: p.Compensated, Status: endedBy(eventType), failure: failure{Message: p.Reason}}
+		if p.Error != nil {
+			failed.failure = *p.Error
+		}
+		return out, failed
 	}
 	if err := eventstore.JSON().Unmarshal(p.Result, &out); err != nil {
 		return out, fmt.Errorf("result of saga %q, run %q: %w", d.name, id, err)
@@ -163,7 +214,11 @@ func (e *Engine) wait(ctx context.Context, b *blueprint, id string) (*payload, s
 	if err := stream.Validate(); err != nil {
 		return nil, "", err
 	}
-	var stop *payload
+	if p, eventType, done, err := e.hear(ctx, b, id); done || err != nil {
+		return p, eventType, err
+	}
+	var stop, end *payload
+	var endType string
 	for batch, err := range e.env.store.Subscribe(ctx, eventstore.OneStream(stream), 0) {
 		if err != nil {
 			return nil, "", fmt.Errorf("wait for saga %q, run %q: %w", b.name, id, err)
@@ -171,20 +226,23 @@ func (e *Engine) wait(ctx context.Context, b *blueprint, id string) (*payload, s
 		for i := range batch.Events {
 			r := &batch.Events[i]
 			switch r.Type {
-			case typeBlocked, typeResumed, typeCompleted, typeFailed:
+			case typeBlocked, typeResumed, typeSkipped, typeRestarted, typeCompleted, typeFailed, typeCancelled, typeTerminated:
 				p, err := decodePayload(r)
 				if err != nil {
 					return nil, "", err
 				}
 				switch r.Type {
 				case typeBlocked:
-					stop = &p
-				case typeResumed:
-					stop = nil
+					stop, end = &p, nil
+				case typeResumed, typeSkipped, typeRestarted:
+					stop, end = nil, nil
 				default:
-					return &p, r.Type, nil
+					end, endType = &p, r.Type
 				}
 			}
+		}
+		if end != nil && batch.CaughtUp {
+			return end, endType, nil
 		}
 		if stop != nil && batch.CaughtUp {
 			return nil, "", &BlockedError{Saga: b.name, ID: id, Reason: stop.Reason}
@@ -193,12 +251,51 @@ func (e *Engine) wait(ctx context.Context, b *blueprint, id string) (*payload, s
 	return nil, "", context.Cause(ctx)
 }
 
+// hear is wait where the run's worker is in this engine, and hears of its end
+// anyhow. False says that it is not.
+func (e *Engine) hear(ctx context.Context, b *blueprint, id string) (*payload, string, bool, error) {
+	var w *sagaWorker
+	if c := e.sagas[withBuild(b.name, b.pin)]; c != nil {
+		if r := c.current(); r != nil {
+			w, _ = r.behaviour.(*sagaWorker)
+		}
+	}
+	if w == nil {
+		return nil, "", false, nil
+	}
+	ended, open, cancel := w.listen(id)
+	defer cancel()
+	if !open {
+		// Perhaps it has ended before, or is blocked, whatever it was told since.
+		last, err := e.last(ctx, b.stream(id))
+		if err != nil || last != nil && (ends(last.Type) || last.Type == typeBlocked || external(last.Type)) {
+			return nil, "", false, nil
+		}
+	}
+	select {
+	case last := <-ended:
+		if last.Type == typeBlocked {
+			return nil, "", false, nil
+		}
+		p, err := decodePayload(&last)
+		return &p, last.Type, true, err
+	case <-w.stopped:
+		return nil, "", false, nil
+	case <-ctx.Done():
+		return nil, "", true, context.Cause(ctx)
+	}
+}
+
 // Look returns how the run is doing, read from its history: never stale, and
 // without a worker. The error is [ErrNotFound] when there is none.
 func Look[In, Out any](ctx context.Context, host Host, d *Definition[In, Out], id string) (Info, error) {
-	e := host.Sagas()
+	return host.Sagas().Look(ctx, d.name, id)
+}
+
+// Look is the function [Look] by the saga's name.
+func (e *Engine) Look(ctx context.Context, saga, id string) (Info, error) {
 	r := &row{Info: Info{ID: id}}
-	for event, err := range e.env.store.Read(ctx, eventstore.OneStream(d.stream(id)), eventstore.ReadOptions{}) {
+	for event, err := range e.env.store.Read(ctx, eventstore.OneStream(eventstore.Stream{Category: category(saga), ID: id}), eventstore.ReadOptions{}) {
 		if err != nil {
 			return Info{}, err
 		}
@@ -207,7 +304,7 @@ func Look[In, Out any](ctx context.Context, host Host, d *Definition[In, Out], i
 		}
 	}
 	if r.Version == 0 {
-		return Info{}, fmt.Errorf("%w: saga %q has no run %q", ErrNotFound, d.name, id)
+		return Info{}, fmt.Errorf("%w: saga %q has no run %q", ErrNotFound, saga, id)
 	}
 	return r.Info, nil
 }
@@ -216,6 +313,12 @@ func Look[In, Out any](ctx context.Context, host Host, d *Definition[In, Out], i
 type ListOptions struct {
 	// Status keeps runs with any of these; empty: all that have not ended.
 	Status []Status
+	// Published keeps runs that have published, by name, the value. A string is
+	// compared as it is, anything else by its JSON.
+	Published map[string]string
+	// Since and Until keep runs that started in this time; Until is exclusive. Zero
+	// does not exclude.
+	Since, Until time.Time
 	// After continues behind the run of that id, the last one of a page.
 	After string
 	// Limit is the most runs to return; 0 means 1,000.
@@ -226,23 +329,25 @@ type ListOptions struct {
 // the worker, when that runs in this engine, and at most a second older
 // otherwise.
 func (e *Engine) List(ctx context.Context, saga string, o ListOptions) ([]Info, error) {
-	w := e.sagas[saga]
-	if w == nil {
-		return nil, fmt.Errorf("%w: the engine has no saga %q", ErrNotFound, saga)
-	}
-	if err := w.refresh(ctx); err != nil {
+	if err := e.ready(ctx, saga); err != nil {
 		return nil, err
 	}
 	if o.Limit <= 0 {
 		o.Limit = 1000
 	}
-	wanted := func(s Status) bool { return len(o.Status) == 0 || slices.Contains(o.Status, s) }
-	tables := []string{openTable(category(saga))}
-	if slices.Contains(o.Status, StatusCompleted) || slices.Contains(o.Status, StatusFailed) {
-		tables = append(tables, doneTable(category(saga)))
+	units, err := e.units(ctx, saga)
+	if err != nil {
+		return nil, err
+	}
+	var tables []string
+	for _, unit := range units {
+		tables = append(tables, openTable(category(unit)))
+		if slices.ContainsFunc(o.Status, Status.Ended) {
+			tables = append(tables, doneTable(category(unit)))
+		}
 	}
 	var found []Info
-	err := e.state.View(ctx, func(tx projection.StateTx) error {
+	err = e.state.View(ctx, func(tx projection.StateTx) error {
 		for _, table := range tables {
 			n := 0
 			for entry, err := range tx.Scan(table, projection.Range{After: o.After}) {
@@ -253,7 +358,7 @@ func (e *Engine) List(ctx context.Context, saga string, o ListOptions) ([]Info, 
 				if err := jsonv1.Unmarshal(entry.Value, &info); err != nil {
 					return fmt.Errorf("run %q: %w", entry.Key, err)
 				}
-				if !wanted(info.Status) {
+				if !o.keep(&info) {
 					continue
 				}
 				found = append(found, info)
@@ -276,10 +381,143 @@ func (e *Engine) List(ctx context.Context, saga string, o ListOptions) ([]Info, 
 	return found[:min(len(found), o.Limit)], err
 }
 
+// Names returns the names of the sagas that have run on the state, in order: of
+// those that the engine has, and of those that it has not.
+func (e *Engine) Names(ctx context.Context) ([]string, error) {
+	units, err := e.allUnits(ctx)
+	for i, unit := range units {
+		units[i], _, _ = strings.Cut(unit, "@")
+	}
+	return slices.Compact(units), err
+}
+
+// BuildUse says how many open runs are pinned to a build.
+type BuildUse struct {
+	// Build is "" for the runs without one.
+	Build string `json:"build"`
+	Open  int    `json:"open"`
+}
+
+// Builds tells to which builds the open runs of the saga are pinned, see
+// [Definition.Build]. One that has none may go.
+func (e *Engine) Builds(ctx context.Context, saga string) ([]BuildUse, error) {
+	if err := e.ready(ctx, saga); err != nil {
+		return nil, err
+	}
+	units, err := e.units(ctx, saga)
+	if err != nil {
+		return nil, err
+	}
+	uses := make([]BuildUse, len(units))
+	return uses, e.state.View(ctx, func(tx projection.StateTx) error {
+		for i, unit := range units {
+			_, build, _ := strings.Cut(unit, "@")
+			uses[i] = BuildUse{Build: build}
+			for _, err := range tx.Scan(openTable(category(unit)), projection.Range{}) {
+				if err != nil {
+					return err
+				}
+				uses[i].Open++
+			}
+		}
+		return nil
+	})
+}
+
+// allUnits names the sagas with their builds, in order.
+func (e *Engine) allUnits(ctx context.Context) ([]string, error) {
+	units := slices.Collect(maps.Keys(e.sagas))
+	lister, ok := e.state.(projection.CheckpointLister)
+	if ok {
+		known, err := lister.Checkpoints(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, k := range known {
+			if unit, ok := strings.CutPrefix(k.Name, "saga "); ok && !k.Checkpoint.IsZero() {
+				units = append(units, unit)
+			}
+		}
+	}
+	slices.Sort(units)
+	return slices.Compact(units), nil
+}
+
+// units names the builds of one saga.
+func (e *Engine) units(ctx context.Context, saga string) ([]string, error) {
+	all, err := e.allUnits(ctx)
+	return slices.DeleteFunc(all, func(unit string) bool {
+		name, _, _ := strings.Cut(unit, "@")
+		return name != saga
+	}), err
+}
+
+// ready makes sure that what is stored of the saga is as fresh as it can be. The
+// error is ErrNotFound when it is unknown.
+func (e *Engine) ready(ctx context.Context, saga string) error {
+	here := false
+	for unit, w := range e.sagas {
+		if name, _, _ := strings.Cut(unit, "@"); name == saga {
+			here = true
+			if err := w.refresh(ctx); err != nil {
+				return err
+			}
+		}
+	}
+	if here {
+		return nil
+	}
+	names, err := e.Names(ctx)
+	if err == nil && !slices.Contains(names, saga) {
+		err = fmt.Errorf("%w: there is no saga %q", ErrNotFound, saga)
+		if len(names) > 0 {
+			err = fmt.Errorf("%w; there is %s", err, strings.Join(names, ", "))
+		}
+	}
+	return err
+}
+
+func (o *ListOptions) keep(info *Info) bool {
+	if len(o.Status) > 0 && !slices.Contains(o.Status, info.Status) ||
+		!o.Since.IsZero() && info.Started.Before(o.Since) || !o.Until.IsZero() && !info.Started.Before(o.Until) {
+		return false
+	}
+	for name, want := range o.Published {
+		raw, ok := info.Published[name]
+		var text string
+		if !ok || string(raw) != want && (json.Unmarshal(raw, &text) != nil || text != want) {
+			return false
+		}
+	}
+	return true
+}
+
+// endedBy is the status that the event ends a run with.
+func endedBy(eventType string) Status {
+	switch eventType {
+	case typeFailed:
+		return StatusFailed
+	case typeCancelled:
+		return StatusCancelled
+	case typeTerminated:
+		return StatusTerminated
+	}
+	return StatusCompleted
+}
+
+// sameJSON reports whether both are the same value.
+func sameJSON(a, b json.RawMessage) bool {
+	if bytes.Equal(a, b) {
+		return true
+	}
+	var x, y any
+	return json.Unmarshal(a, &x) == nil && json.Unmarshal(b, &y) == nil && reflect.DeepEqual(x, y)
+}
+
 // refresh stores the index if the worker runs here.
 func (w *runner) refresh(ctx context.Context) error {
 	w.mu.Lock()
-	here := w.cancel != nil && w.failure == nil && !w.stopping
+	here := w.steps != nil && w.failure == nil && !w.stopping
 	w.mu.Unlock()
 	if !here {
 		return nil
@@ -294,7 +532,7 @@ func (w *runner) refresh(ctx context.Context) error {
 func (e *Engine) Resume(ctx context.Context, saga, id string) error {
 	stream := eventstore.Stream{Category: category(saga), ID: id}
 	h := &history{}
-	if err := h.read(ctx, e.env.store, stream); err != nil {
+	if err := h.read(ctx, e.env.store, stream, 0); err != nil {
 		return err
 	}
 	switch {
@@ -303,7 +541,7 @@ func (e *Engine) Resume(ctx context.Context, saga, id string) error {
 	case h.blocked == nil:
 		return nil
 	}
-	r := &Run{saga: saga, stream: stream, ctx: ctx, env: &e.env, h: h}
+	r := newRun(&core{saga: saga, stream: stream, ctx: ctx, env: &e.env, h: h})
 	r.resumed()
 	if o := r.write(); o.kind != running && o.kind != conflicted {
 		return fmt.Errorf("resume saga %q, run %q: %w", saga, id, o.err)

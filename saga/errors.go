@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/deed-go/deed/command"
+	"github.com/deed-go/deed/projection"
 )
 
 var (
@@ -19,6 +20,20 @@ var (
 	// ErrFailed: the saga's function returned an error; what it had done is
 	// compensated. See [FailedError].
 	ErrFailed = errors.New("saga failed")
+	// ErrCancelled: somebody has asked to cancel the run, see [Engine.Cancel].
+	ErrCancelled = errors.New("saga was cancelled")
+	// ErrLost: another branch has won the [Race].
+	ErrLost = errors.New("another branch has won the race")
+	// ErrOutcomeUnknown: a step that must not run twice ([Once]) was cut off, and
+	// may or may not have had its effect.
+	ErrOutcomeUnknown = errors.New("outcome of the step is unknown")
+	// ErrFinished: the run has ended, and cannot be told anything any more.
+	ErrFinished = errors.New("saga has ended")
+	// ErrStarted: there is a run of that id with another input, or that somebody
+	// else has started.
+	ErrStarted = errors.New("saga was started otherwise")
+	// ErrConflict: the run is not where it must be for what was asked.
+	ErrConflict = errors.New("saga is not at that point")
 	// ErrNotFound: there is no run of that id.
 	ErrNotFound = errors.New("saga not found")
 	// ErrUnwinding is what the calls of a deferred function get while the run is
@@ -26,6 +41,10 @@ var (
 	ErrUnwinding = errors.New("the saga is being put aside: calls in deferred functions do nothing")
 	// ErrStopped: the engine is not running.
 	ErrStopped = errors.New("saga engine has stopped")
+	// ErrLeaseExpired: this node could not renew its lease in time, so another one
+	// may do the work; it is the cause of the end of the contexts of steps. It wraps
+	// projection.ErrFenced. See [Options.Leases].
+	ErrLeaseExpired = fmt.Errorf("the lease could not be renewed in time: %w", projection.ErrFenced)
 	// ErrUndecided: a new saga or reaction was not told what to do about the events
 	// that are already in the log.
 	ErrUndecided = errors.New("undecided about the past")
@@ -76,8 +95,13 @@ func (e *StepError) Error() string { return fmt.Sprintf("step %q: %s", e.Step, e
 
 // Is recognises what the original error wrapped, by text.
 func (e *StepError) Is(target error) bool {
-	if target == ErrTimeout {
+	switch target { //nolint:errorlint // the sentinels themselves
+	case ErrTimeout:
 		return e.failure.Timeout
+	case ErrOutcomeUnknown:
+		return e.failure.Unknown
+	case ErrCancelled:
+		return e.failure.Cancelled
 	}
 	if target == nil {
 		return false
@@ -100,11 +124,16 @@ type FailedError struct {
 	Saga, ID string
 	// Compensated names the compensations that ran, in their order.
 	Compensated []string
-	failure     failure
+	// Status says whether it failed, was cancelled, or was terminated.
+	Status  Status
+	failure failure
 }
 
 // Error names the run and the cause.
 func (e *FailedError) Error() string {
+	if e.Status == StatusTerminated {
+		return fmt.Sprintf("saga %q, run %q was terminated: %s", e.Saga, e.ID, e.failure.Message)
+	}
 	return fmt.Sprintf("saga %q, run %q failed: %s", e.Saga, e.ID, e.failure.Message)
 }
 
@@ -146,6 +175,7 @@ func shorten(text string) string {
 // failureOf is the recorded form of err; its texts are cut at 4 KiB.
 func failureOf(err error) failure {
 	f := failure{Message: shorten(err.Error()), Rejection: command.IsRejection(err), Terminal: IsTerminal(err)}
+	f.Unknown, f.Cancelled = errors.Is(err, ErrOutcomeUnknown), errors.Is(err, ErrCancelled)
 	f.Timeout = errors.Is(err, ErrTimeout) || errors.Is(err, context.DeadlineExceeded)
 	const most = 16
 	seen := map[string]bool{}

@@ -101,7 +101,8 @@ func TestNow_IsTheSameAtReplay(t *testing.T) {
 	var seen []time.Time
 	def := saga.Define("now", func(s *saga.Run, _ string) (int, error) {
 		if len(seen) == 0 {
-			c.Set(c.Now().Add(time.Second)) // as a real clock does
+			//deed:deterministic the clock moves on as a real one does, to see what comes of it
+			c.Set(c.Now().Add(time.Second))
 		}
 		s.OnRollback("undo", func(*saga.Run) error { return nil })
 		s.Settled()
@@ -122,6 +123,7 @@ func TestNow_InACommandAfterACrash(t *testing.T) {
 	c := clock.NewManual(t0)
 	store := &dying{backend: memory.New(), after: "door"}
 	def := saga.Define("stamp", func(s *saga.Run, _ string) (int, error) {
+		//deed:deterministic the clock moves on as a real one does, to see what comes of it
 		c.Set(c.Now().Add(time.Second))
 		s.OnRollback("undo", func(*saga.Run) error { return nil })
 		return 0, saga.Execute(s, "stamp", doors, StampDoor{"d", s.Now()})

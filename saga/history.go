@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -34,6 +35,24 @@ const (
 	typeResumed        = "saga.resumed"
 	typeCompleted      = "saga.completed"
 	typeFailed         = "saga.failed"
+	typeCancelled      = "saga.cancelled"
+	typeTerminated     = "saga.terminated"
+	typeStepBegan      = "saga.step_began"
+	typeSignalAwaited  = "saga.signal_awaited"
+	typeSignalTaken    = "saga.signal_taken"
+	typeSignalTimedOut = "saga.signal_timed_out"
+	typeBranched       = "saga.branched"
+	typeJoined         = "saga.joined"
+	typeVersionMarked  = "saga.version_marked"
+	typePublished      = "saga.published"
+	typeContinued      = "saga.continued"
+	// What others than the run's owner write; see external.
+	typeSignalled      = "saga.signalled"
+	typeCancelAsked    = "saga.cancel_requested"
+	typeRetryAsked     = "saga.retry_requested"
+	typeSkipped        = "saga.step_skipped"
+	typeRestarted      = "saga.restarted"
+	scopeDetached      = "detached"
 	historyFormat      = 1
 	kindDo             = "do"
 	kindExecute        = "execute"
@@ -43,9 +62,19 @@ const (
 	kindSettled        = "settled"
 	kindRollback       = "rollback"
 	kindCompensated    = "compensated"
+	kindOnce           = "once"
+	kindTx             = "tx"
+	kindLocal          = "local"
+	kindSignal         = "signal"
+	kindChild          = "child"
+	kindAll            = "all"
+	kindRace           = "race"
+	kindVersion        = "version"
+	kindPublish        = "publish"
 	causeMismatch      = "mismatch"
 	causeCompensation  = "compensation"
 	causeCode          = "code"
+	causeCancelled     = "cancelled"
 	registrationType   = "saga.registered"
 	registrationStream = "saga"
 )
@@ -59,7 +88,22 @@ type stepID struct {
 	Occurrence int `json:"occurrence,omitempty"`
 	// In names the compensation that the step belongs to, as "name" or "name#2".
 	In string `json:"in,omitempty"`
+	// Branch is the path of the parallel branch that the step belongs to, each
+	// element "name.index", joined by '@'.
+	Branch string `json:"branch,omitempty"`
 }
+
+// line names the sequence of steps that the step belongs to: the function with
+// its compensations, or one branch.
+func (s stepID) line() lineID {
+	if s.Branch == "" {
+		return lineID{}
+	}
+	return lineID{s.In, s.Branch}
+}
+
+// lineID names a sequence of steps that follow one another.
+type lineID struct{ in, branch string }
 
 // escape keeps the separators of labels and keys out of names.
 var escape = strings.NewReplacer("%", "%25", "#", "%23", "@", "%40", "/", "%2F")
@@ -85,10 +129,21 @@ func (s stepID) String() string {
 	if s.Occurrence > 1 {
 		text += fmt.Sprintf(" (occurrence %d)", s.Occurrence)
 	}
+	if s.Branch != "" {
+		text += fmt.Sprintf(" in branch %q", s.Branch)
+	}
 	if s.In != "" {
 		text += fmt.Sprintf(" in compensation %q", s.In)
 	}
 	return text
+}
+
+// compensation names the compensation that the registration is of, as In does.
+func (s stepID) compensation() string {
+	if s.Branch != "" {
+		return s.Branch + "@" + s.label()
+	}
+	return s.label()
 }
 
 // key is the part of an idempotency key that names the step. It has no '/'.
@@ -96,6 +151,9 @@ func (s stepID) key() string {
 	key := s.Kind + ":" + s.label()
 	if s.In != "" {
 		key += "@" + s.In
+	}
+	if s.Branch != "" {
+		key += "@@" + s.Branch
 	}
 	return key
 }
@@ -171,12 +229,42 @@ type payload struct {
 	Cause       string              `json:"cause,omitempty"`
 	Reason      string              `json:"reason,omitempty"`
 	Compensated []string            `json:"compensated,omitempty"`
+	// Name is that of a signal, of a marker, or of what is published.
+	Name string `json:"name,omitempty"`
+	// Number is that of a signal within the run, a marker's version, or the index of
+	// the branch that won.
+	Number int `json:"number,omitempty"`
+	// Build is what the run is pinned to.
+	Build string `json:"build,omitempty"`
+	// Segment counts from 0 on how often the run has been continued.
+	Segment int `json:"segment,omitempty"`
+	// Carried are the signals, and Cursors and Consumed what awaits have received,
+	// that a continued run takes along.
+	Carried  []payload                      `json:"carried,omitempty"`
+	Cursors  map[string]eventstore.Position `json:"cursors,omitempty"`
+	Consumed []eventstore.Position          `json:"consumed,omitempty"`
+	// Signals is how many signals the run had got.
+	Signals int `json:"signals,omitempty"`
+	// Parent is the run whose child this is.
+	Parent *parent `json:"parent,omitempty"`
+	// Scope tells waits that a request to cancel the run does not end.
+	Scope string `json:"scope,omitempty"`
+	Note  string `json:"note,omitempty"`
+}
+
+// parent says which step of which run started a child.
+type parent struct {
+	Saga string `json:"saga"`
+	ID   string `json:"id"`
+	Step string `json:"step"`
 }
 
 // encodePayload returns what jsonv1.Marshal does, faster for what every run
 // writes.
 func encodePayload(p *payload) ([]byte, error) {
-	if p.Watch != nil || p.Event != nil || p.Attempt != 0 || p.Error != nil || p.Cause != "" || p.Reason != "" || p.Compensated != nil {
+	if p.Watch != nil || p.Event != nil || p.Attempt != 0 || p.Error != nil || p.Cause != "" || p.Reason != "" || p.Compensated != nil ||
+		p.Name != "" || p.Number != 0 || p.Build != "" || p.Segment != 0 || p.Carried != nil || p.Cursors != nil || p.Consumed != nil ||
+		p.Signals != 0 || p.Parent != nil || p.Scope != "" || p.Note != "" {
 		return jsonv1.Marshal(p)
 	}
 	w := writer{b: append(make([]byte, 0, 192), '{'), plain: true}
@@ -195,6 +283,9 @@ func encodePayload(p *payload) ([]byte, error) {
 		}
 		if p.Step.In != "" {
 			w.text("in", p.Step.In)
+		}
+		if p.Step.Branch != "" {
+			w.text("branch", p.Step.Branch)
 		}
 		w.b = append(w.b, '}')
 	}
@@ -286,11 +377,17 @@ type failure struct {
 	Rejection bool     `json:"rejection,omitempty"`
 	Terminal  bool     `json:"terminal,omitempty"`
 	Timeout   bool     `json:"timeout,omitempty"`
+	// Unknown: a step that must not run twice was cut off.
+	Unknown bool `json:"unknown,omitempty"`
+	// Cancelled: the run was cancelled.
+	Cancelled bool `json:"cancelled,omitempty"`
 }
 
 // record is what a history says about one step.
 type record struct {
 	id       stepID
+	order    uint64 // of its first event
+	began    bool   // a step that must not run twice was begun
 	attempts int
 	retryAt  time.Time
 	set      payload // timer or await
@@ -299,27 +396,72 @@ type record struct {
 	result   payload
 }
 
+// signalled is a signal that a run has got.
+type signalled struct {
+	number int
+	name   string
+	data   json.RawMessage
+	taken  bool
+}
+
 // history is a saga's stream, read for replay.
 type history struct {
-	started   payload
+	started   payload // or continued
 	startedAt time.Time
+	beganAt   time.Time // when it was first started
 	meta      eventstore.Metadata
 	position  eventstore.Position // of the started event
+	since     eventstore.Position // awaits see what is later
+	segment   int
+	segmentAt eventstore.Position // of the event that began the segment
 	revision  eventstore.Revision
-	records   []*record
+	lines     map[lineID]*[]*record
+	steps     int // records in all lines
+	bytes     int
+	signals   []*signalled
+	received  int // signals so far, in all segments
+	told      int // what others have written
+	restarts  int
 	// carried are the outcomes of steps of compensations that are tried again.
 	carried map[stepID]*record
 	blocked *payload
-	// finished is the completed or failed event.
+	// cancel is the request to cancel the run.
+	cancel *payload
+	// finished is the event that ended the run.
 	finished     *payload
 	finishedType string
 }
 
 var errNewerHistory = errors.New("history was written by a newer program: deploy that first")
 
-// read takes the whole stream.
-func (h *history) read(ctx context.Context, store eventstore.Store, stream eventstore.Stream) error {
-	for r, err := range store.Read(ctx, eventstore.OneStream(stream), eventstore.ReadOptions{}) {
+// external reports whether others than the run's owner write the type, at any
+// time: who finds such an event where it wanted to write takes it in, and
+// writes behind it.
+func external(eventType string) bool {
+	switch eventType {
+	case typeSignalled, typeCancelAsked, typeRetryAsked:
+		return true
+	}
+	return false
+}
+
+// ends reports whether the type is that of the last event of a history.
+func ends(eventType string) bool {
+	switch eventType {
+	case typeCompleted, typeFailed, typeCancelled, typeTerminated:
+		return true
+	}
+	return false
+}
+
+// read takes the stream, from the beginning of its last segment on, which is
+// the event at from, if that is known.
+func (h *history) read(ctx context.Context, store eventstore.Store, stream eventstore.Stream, from eventstore.Position) error {
+	o := eventstore.ReadOptions{}
+	if from > 0 {
+		o.After = from - 1
+	}
+	for r, err := range store.Read(ctx, eventstore.OneStream(stream), o) {
 		if err != nil {
 			return err
 		}
@@ -337,7 +479,7 @@ func (h *history) add(r *eventstore.Recorded) error {
 		return err
 	}
 	if h.revision.Version == 0 {
-		if r.Type != typeStarted {
+		if r.Type != typeStarted && r.Type != typeContinued {
 			return fmt.Errorf("%w: stream %q begins with %q, not %q: it was not written by a saga", eventstore.ErrInvalid, r.Stream, r.Type, typeStarted)
 		}
 		if p.Format > historyFormat {
@@ -348,6 +490,10 @@ func (h *history) add(r *eventstore.Recorded) error {
 	if err := h.apply(r.Type, &p, r.Time, r.Revision()); err != nil {
 		return fmt.Errorf("%w at version %d of stream %q", err, r.Version, r.Stream)
 	}
+	h.bytes += len(r.Data)
+	if external(r.Type) {
+		h.told++
+	}
 	return nil
 }
 
@@ -356,10 +502,27 @@ func (h *history) apply(eventType string, p *payload, at time.Time, revision eve
 	h.revision = revision
 	switch eventType {
 	case typeStarted:
-		h.started, h.startedAt, h.position = *p, p.beginning(at), revision.Position
-	case typeTimerSet, typeAwaitSet:
+		h.started, h.startedAt, h.position, h.segmentAt = *p, p.beginning(at), revision.Position, revision.Position
+		h.beganAt = at
+		if h.since = p.Since; h.since == 0 {
+			h.since = h.position
+		}
+	case typeContinued:
+		*h = history{
+			started: *p, startedAt: at, beganAt: h.beganAt, meta: h.meta, position: revision.Position, since: p.Since, segment: p.Segment,
+			segmentAt: revision.Position, revision: revision, received: p.Signals, told: h.told,
+		}
+		if p.Cause == causeCancelled {
+			h.cancel = &payload{Reason: p.Reason}
+		}
+		for _, c := range p.Carried {
+			h.signals = append(h.signals, &signalled{number: c.Number, name: c.Name, data: c.In})
+		}
+	case typeTimerSet, typeAwaitSet, typeSignalAwaited, typeBranched:
 		rec := h.step(p)
 		rec.set = *p
+	case typeStepBegan:
+		h.step(p).began = true
 	case typeAttemptFailed:
 		rec := h.step(p)
 		rec.attempts = p.Attempt
@@ -367,15 +530,47 @@ func (h *history) apply(eventType string, p *payload, at time.Time, revision eve
 			rec.retryAt = *p.Due
 		}
 	case typeTimerFired, typeAwaitReceived, typeAwaitTimedOut, typeStepSucceeded, typeStepFailed,
-		typeRollbackAdded, typeSettled, typeRollbackBegan, typeCompensated:
+		typeRollbackAdded, typeSettled, typeRollbackBegan, typeCompensated,
+		typeSignalTaken, typeSignalTimedOut, typeJoined, typeVersionMarked, typePublished, typeSkipped:
+		if eventType == typeSkipped && h.blocked != nil && h.blocked.Cause == causeCompensation && p.Step != nil {
+			// It has failed for good. Its compensation is tried again, without it.
+			h.retry(p.Step.In)
+			h.carry(&record{id: *p.Step, outcome: typeSkipped, at: at, result: *p})
+			h.blocked = nil
+			return nil
+		}
 		rec := h.step(p)
 		rec.outcome, rec.result = eventType, *p
 		switch eventType {
-		case typeRollbackAdded, typeSettled, typeRollbackBegan, typeCompensated:
+		case typeRollbackAdded, typeSettled, typeRollbackBegan, typeCompensated, typeVersionMarked, typePublished:
 			// Nothing was waited for: these do not move the run's time.
+		case typeSignalTaken:
+			rec.at = at
+			if s := h.signal(p.Number); s != nil {
+				s.taken = true
+			}
+		case typeSkipped:
+			rec.at = at
+			h.blocked = nil
 		default:
 			rec.at = at
 		}
+	case typeSignalled:
+		h.received++
+		h.signals = append(h.signals, &signalled{number: h.received, name: p.Name, data: p.In})
+	case typeCancelAsked:
+		if h.cancel == nil {
+			h.cancel = p
+		}
+	case typeRetryAsked:
+		for _, line := range h.lines {
+			if n := len(*line); n > 0 && (*line)[n-1].outcome == "" {
+				(*line)[n-1].retryAt = time.Time{}
+			}
+		}
+	case typeRestarted:
+		h.restarts++
+		h.restart(p)
 	case typeBlocked:
 		h.blocked = p
 	case typeResumed:
@@ -383,10 +578,20 @@ func (h *history) apply(eventType string, p *payload, at time.Time, revision eve
 			h.retry(h.blocked.Step.In)
 		}
 		h.blocked = nil
-	case typeCompleted, typeFailed:
+	case typeCompleted, typeFailed, typeCancelled, typeTerminated:
 		h.finished, h.finishedType = p, eventType
 	default:
 		return fmt.Errorf("%w: event %q", errNewerHistory, eventType)
+	}
+	return nil
+}
+
+// signal returns the signal of the number, nil if the segment has none.
+func (h *history) signal(number int) *signalled {
+	for _, s := range h.signals {
+		if s.number == number {
+			return s
+		}
 	}
 	return nil
 }
@@ -396,28 +601,113 @@ func (h *history) step(p *payload) *record {
 	if p.Step != nil {
 		id = *p.Step
 	}
-	if n := len(h.records); n > 0 && h.records[n-1].id == id && h.records[n-1].outcome == "" {
-		return h.records[n-1]
+	line := h.line(id.line())
+	if n := len(*line); n > 0 && (*line)[n-1].id == id && (*line)[n-1].outcome == "" {
+		return (*line)[n-1]
 	}
-	rec := &record{id: id}
-	h.records = append(h.records, rec)
+	h.steps++
+	rec := &record{id: id, order: h.revision.Version}
+	*line = append(*line, rec)
 	return rec
+}
+
+// line returns the records of the line.
+func (h *history) line(id lineID) *[]*record {
+	line := h.lines[id]
+	if line == nil {
+		if h.lines == nil {
+			h.lines = map[lineID]*[]*record{}
+		}
+		line = &[]*record{}
+		h.lines[id] = line
+	}
+	return line
+}
+
+// open returns the step that has begun and not ended, in any line, and that has
+// the key; nil if there is none.
+func (h *history) open(key string) *record {
+	for _, line := range h.lines {
+		if n := len(*line); n > 0 && (*line)[n-1].outcome == "" && (*line)[n-1].id.key() == key {
+			return (*line)[n-1]
+		}
+	}
+	return nil
+}
+
+// failed returns the step of the compensation that blocks the run, if it has
+// the key and has failed; nil otherwise.
+func (h *history) failed(key string) *record {
+	if h.blocked == nil || h.blocked.Cause != causeCompensation || h.blocked.Step == nil {
+		return nil
+	}
+	for _, line := range h.lines {
+		for _, rec := range *line {
+			if rec.id.In == h.blocked.Step.In && rec.id.key() == key && rec.outcome == typeStepFailed {
+				return rec
+			}
+		}
+	}
+	return nil
 }
 
 // retry forgets how the steps of a compensation that failed went, except that
 // what succeeded is not done again.
 func (h *history) retry(compensation string) {
-	if h.carried == nil {
-		h.carried = map[stepID]*record{}
-	}
-	n := len(h.records)
-	for n > 0 && h.records[n-1].id.In == compensation {
-		n--
-		rec := h.records[n]
-		switch rec.outcome {
-		case typeStepSucceeded, typeTimerFired, typeAwaitReceived:
-			h.carried[rec.id] = rec
+	for id, line := range h.lines {
+		n := len(*line)
+		for n > 0 && (*line)[n-1].id.In == compensation {
+			n--
+			h.carry((*line)[n])
+		}
+		*line = (*line)[:n]
+		if n == 0 && id.branch != "" {
+			delete(h.lines, id)
 		}
 	}
-	h.records = h.records[:n]
+}
+
+// carry keeps what a step that is forgotten came to, if it need not be done again.
+func (h *history) carry(rec *record) {
+	once := rec.id.Kind == kindOnce && (rec.began || rec.outcome == typeStepFailed)
+	switch {
+	case once, slices.Contains([]string{typeStepSucceeded, typeTimerFired, typeAwaitReceived, typeSignalTaken, typeSkipped, typeVersionMarked}, rec.outcome):
+		if h.carried == nil {
+			h.carried = map[stepID]*record{}
+		}
+		h.carried[rec.id] = rec
+	}
+}
+
+// restart forgets the steps of the function from the given one on, and how the
+// run had ended. Nothing of them is carried over: they are to be done again.
+func (h *history) restart(p *payload) {
+	h.blocked, h.finished, h.finishedType, h.cancel, h.carried = nil, nil, "", nil, nil
+	if p.Step == nil {
+		return
+	}
+	line := h.lines[p.Step.line()]
+	if line == nil {
+		return
+	}
+	at := slices.IndexFunc(*line, func(rec *record) bool { return rec.id == *p.Step })
+	if at < 0 {
+		return
+	}
+	from := (*line)[at].order
+	for id, line := range h.lines {
+		n := len(*line)
+		for n > 0 && (*line)[n-1].order >= from {
+			n--
+			if rec := (*line)[n]; rec.outcome == typeSignalTaken {
+				if s := h.signal(rec.result.Number); s != nil {
+					s.taken = false
+				}
+			}
+		}
+		*line = (*line)[:n]
+		if n == 0 && id.branch != "" {
+			delete(h.lines, id)
+		}
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -264,6 +265,55 @@ func TestCache_OutdatedHistory(t *testing.T) {
 	slow.hold(false)
 	b.settle()
 	require.Equal(t, []string{"saga.started", "saga.timer_set", "saga.timer_fired", "saga.completed"}, b.types(history("cached", "r1")))
+}
+
+// TestCache_Bytes: histories are kept by what they weigh, not only by their
+// number, and none is that is large.
+func TestCache_Bytes(t *testing.T) {
+	t.Parallel()
+	def := saga.Define("heavy", func(s *saga.Run, size int) (int, error) {
+		length := 0
+		for range 2 { // as one event may not have so much
+			text, err := saga.Do(s, "fetch", func(saga.Step) (string, error) { return strings.Repeat("x", size/2), nil })
+			if err != nil {
+				return 0, err
+			}
+			length += len(text)
+		}
+		err := s.Sleep("wait", time.Second)
+		return length, err
+	})
+	b := startBench(t, memory.New(), clock.NewManual(t0), saga.Options{}, def)
+	const light, heavy, large, most = 100, 900 << 10, 1200 << 10, 64 << 20
+	start := func(n, size int) {
+		for i := range n {
+			require.NoError(t, saga.Start(t.Context(), b.engine, def, fmt.Sprint(size, "-", i), size))
+		}
+		b.settle()
+	}
+	start(10, large)
+	n, bytes := b.engine.Cached("heavy")
+	require.Zero(t, n, "each is larger than is kept")
+	require.Zero(t, bytes)
+	start(10, light)
+	n, bytes = b.engine.Cached("heavy")
+	require.Equal(t, 10, n)
+	require.Less(t, bytes, 10<<10)
+	start(80, heavy)
+	n, bytes = b.engine.Cached("heavy")
+	require.LessOrEqual(t, bytes, most)
+	require.Greater(t, bytes, most-heavy-1024)
+	require.Equal(t, 10+(most-10<<10)/heavy, n)
+	b.clock.Set(t0.Add(day))
+	b.settle()
+	n, bytes = b.engine.Cached("heavy")
+	require.Zero(t, n)
+	require.Zero(t, bytes)
+	for _, size := range []int{large, light, heavy} {
+		out, err := saga.Wait(t.Context(), b.engine, def, fmt.Sprint(size, "-", 0))
+		require.NoError(t, err)
+		require.Equal(t, size, out)
+	}
 }
 
 // host waits on a store that does not lag.

@@ -46,7 +46,7 @@ type source struct {
 // concurrent use.
 type Reaction struct {
 	name      string
-	eventType string
+	types     []string // of events, as they are today
 	handle    func(enc *eventstore.Encoding, step Step, r eventstore.Recorded) error
 	policy    policy
 	beginning beginning
@@ -80,7 +80,7 @@ func React[E Event](name string, handle func(Step, E) error, options ...Reaction
 	if handle == nil {
 		r.mistakes = append(r.mistakes, fmt.Errorf("%w: reaction %q has no function", eventstore.ErrInvalid, name))
 	}
-	r.eventType = eventType
+	r.types = []string{eventType}
 	r.handle = func(enc *eventstore.Encoding, step Step, recorded eventstore.Recorded) error {
 		e, err := decodeEvent[E](enc, recorded)
 		if err != nil {
@@ -229,6 +229,7 @@ func (h *backlogHeap) Pop() any {
 // reactionWorker runs one reaction.
 type reactionWorker struct {
 	runner
+	engine   *Engine
 	reaction *Reaction
 	category string
 	types    []string
@@ -242,7 +243,7 @@ type reactionWorker struct {
 
 func newReactionWorker(e *Engine, r *Reaction) *reactionWorker {
 	w := &reactionWorker{
-		reaction: r, category: reactionCategory(r.name), types: e.env.encoding.StoredTypes(r.eventType),
+		engine: e, reaction: r, category: reactionCategory(r.name), types: e.env.encoding.StoredTypes(r.types...),
 		rows: map[eventstore.Stream]*backlog{},
 	}
 	w.runner = newRunner(e, "reaction "+r.name, r.beginning)
@@ -250,20 +251,36 @@ func newReactionWorker(e *Engine, r *Reaction) *reactionWorker {
 	return w
 }
 
-func (w *reactionWorker) load(tx projection.StateTx) error {
+func (w *reactionWorker) load(tx projection.StateTx, _ projection.Checkpoint) (bool, error) {
 	clear(w.rows)
 	for entry, err := range tx.Scan(backlogTable(w.reaction.name), projection.Range{}) {
 		if err != nil {
-			return err
+			return false, err
 		}
 		b, err := decodeBacklog(entry)
 		if err != nil {
-			return err
+			return false, err
 		}
 		w.rows[b.Stream] = &backlog{Backlog: b, key: entry.Key, stored: true}
 	}
+	return true, nil
+}
+
+func (w *reactionWorker) reset(projection.StateTx, projection.Checkpoint) error { return nil }
+
+func (w *reactionWorker) repair(context.Context, projection.Lease, projection.Checkpoint) error {
 	return nil
 }
+
+func (w *reactionWorker) prepare(context.Context, []eventstore.Recorded) (func(), error) {
+	return func() {}, nil
+}
+
+func (w *reactionWorker) tend(context.Context) error { return nil }
+
+func (w *reactionWorker) alarm() (time.Time, bool) { return w.due() }
+
+func (w *reactionWorker) unsettled() bool { return false }
 
 func (w *reactionWorker) query() eventstore.Query {
 	return eventstore.Match(eventstore.Item{Category: w.category}, eventstore.Item{Types: w.types})
@@ -296,7 +313,7 @@ func (w *reactionWorker) route(e *eventstore.Recorded) (bool, error) {
 	if e.Stream.Category == w.category {
 		return false, w.fold(e)
 	}
-	if w.env.encoding.CurrentType(e.Type) != w.reaction.eventType {
+	if !slices.Contains(w.reaction.types, w.env.encoding.CurrentType(e.Type)) {
 		return false, nil
 	}
 	r := w.rows[e.Stream]
@@ -460,7 +477,7 @@ func (w *reactionWorker) changes() changes {
 	}
 	return changes{
 		count: len(writes),
-		write: func(tx projection.StateTx) error {
+		write: func(tx projection.StateTx, _ projection.Checkpoint) error {
 			if failure != nil {
 				return failure
 			}
@@ -483,6 +500,7 @@ func (w *reactionWorker) changes() changes {
 				w.mark(one.r)
 			}
 		},
+		stored: func() {},
 	}
 }
 
@@ -533,13 +551,15 @@ func (w *reactionWorker) handle(ctx context.Context, r *backlog, event *eventsto
 		}
 		event = next
 	}
-	step := Step{key: keyOf(w.category, event.ID.String()), attempt: attempts + 1, bus: w.env.bus, event: event}
+	step := Step{key: keyOf(w.category, event.ID.String()), attempt: attempts + 1, bus: w.env.bus, event: event, engine: w.engine}
 	within := command.CausedBy(ctx, *event)
+	within, done := w.env.tell.span(within, w.reaction.name, event.Stream.String(), event.Type, "reaction", attempts+1, event.Metadata.TraceParent)
 	err := surviving(func() error {
-		return attempt(within, w.reaction.policy.within, step, func(step Step) error {
+		return attempt(within, w.reaction.policy.within, 0, step, func(step Step) error {
 			return w.reaction.handle(w.env.encoding, step, *event)
 		})
 	})
+	done(err)
 	p := reactionPayload{Format: historyFormat, Event: originOf(event, false), Source: &source{r.Stream.Category, r.Stream.ID}}
 	commit := eventstore.Commit{}
 	eventType := typeHandled
@@ -560,7 +580,7 @@ func (w *reactionWorker) handle(ctx context.Context, r *backlog, event *eventsto
 		// attempts are counted anew after a replay, and do not make a key.
 		commit.Key = keyOf(w.category, "failed:"+uuid.NewString())
 		eventType = typeReactionFailed
-		if f.Terminal || w.reaction.policy.attempts > 0 && p.Attempt >= w.reaction.policy.attempts {
+		if f.Terminal || w.reaction.policy.hopeless(err) || w.reaction.policy.attempts > 0 && p.Attempt >= w.reaction.policy.attempts {
 			eventType = typeParked
 			w.logger.Error("event goes to the dead letters, with the later ones of its stream", "reaction", w.reaction.name, "stream", r.key, "position", event.Position, "attempts", p.Attempt, "error", err)
 			break

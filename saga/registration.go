@@ -1,6 +1,7 @@
 package saga
 
 import (
+	"context"
 	"fmt"
 
 	jsonv1 "github.com/go-json-experiment/json/v1"
@@ -21,4 +22,21 @@ func decodeRegistration(r *eventstore.Recorded) (eventstore.Position, error) {
 		return 0, fmt.Errorf("%w: its registration has format %d, this program knows up to %d", errNewerHistory, reg.Format, historyFormat)
 	}
 	return reg.From, nil
+}
+
+func registrationOf(worker string) eventstore.Stream {
+	return eventstore.Stream{Category: registrationStream, ID: worker}
+}
+
+// registered returns where the log says that the worker begins; false if it
+// does not say.
+func registered(ctx context.Context, store eventstore.Store, worker string) (eventstore.Position, bool, error) {
+	for r, err := range store.Read(ctx, eventstore.OneStream(registrationOf(worker)), eventstore.ReadOptions{Limit: 1}) {
+		if err != nil {
+			return 0, false, err
+		}
+		from, err := decodeRegistration(&r)
+		return from, err == nil, err
+	}
+	return 0, false, nil
 }

@@ -1,25 +1,28 @@
 package saga
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"reflect"
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/deed-go/deed/aggregate"
 	"github.com/deed-go/deed/command"
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/clock"
+	"github.com/deed-go/deed/projection"
 )
 
 // maxNameBytes bounds the names of steps.
@@ -28,16 +31,28 @@ const maxNameBytes = 128
 // Run is one run of a saga, as its function sees it. It belongs to the
 // goroutine that the function was called on: a call from another one ends that
 // goroutine, and blocks the run with a message. It must not be used inside a
-// step, nor kept.
+// step, nor kept. A parallel branch ([All], [Race]) gets a Run of its own, and
+// uses no other.
 type Run struct {
+	*core
+	*line
+	detached bool // not ended by a request to cancel the run
+}
+
+// core is what the branches of a run share. They take turns: only who has the
+// baton touches it.
+type core struct {
 	saga   string
 	stream eventstore.Stream
 	ctx    context.Context
-	env    *environment // nil: replay only, nothing new happens
+	live   context.Context // of steps: also ends when the run is to be cancelled
+	env    *environment    // nil: replay only, nothing new happens
 	code   func(*Run, json.RawMessage) (json.RawMessage, error)
+	build  string
+	worker *sagaWorker // nil without an engine
+	lease  projection.Lease
 
 	h      *history
-	next   int // the next record to match
 	buffer []eventstore.Event
 	// written are the payloads of the buffer; the history takes them once they
 	// are durable.
@@ -45,33 +60,73 @@ type Run struct {
 	// urgent says that the buffer holds what could come out otherwise if it were
 	// lost; it must be durable before anything is done that depends on it.
 	urgent    bool
-	now       time.Time
-	counts    map[stepID]int
-	in        string // the compensation that runs
 	rollbacks []rollback
-	settled   int // so many of the rollbacks are past
 	consumed  []eventstore.Position
 	cursors   map[string]eventstore.Position
-	event     *eventstore.Recorded // delivered to the await that waits
-	routed    eventstore.Position  // events up to here have been offered to it
-	inStep    string
+	events    map[string]*eventstore.Recorded // delivered to awaits, by the step's key
+	routed    eventstore.Position             // events up to here have been offered to them
 	misuse    atomic.Pointer[string]
 	outcome   outcome
 	replay    *eventstore.Encoding // without env
+	row       *row
+
+	turn  *line         // who has the baton
+	baton chan struct{} // a semaphore of one, once there are branches
+	root  *line
+}
+
+// line is a sequence of steps that follow one another: the function with its
+// compensations, or one branch.
+type line struct {
+	id          lineID
+	next        int // the next record to match
+	counts      map[stepID]int
+	markers     map[string]int
+	now         time.Time
+	in          string // the compensation that runs
+	inStep      string
+	gone        bool            // it was put aside, or has ended
+	up          *line           // of which this is a branch
+	sleepsUntil time.Time       // it was put aside to sleep
+	late        bool            // another branch of a race has slept long enough
+	lost        bool            // another branch has won the race
+	closed      bool            // and that is in the history
+	steps       context.Context // of its steps, in a branch
+	noticed     bool            // that the run is cancelled: a call has said so
+	refused     int             // calls in a row that were refused because the run is cancelled
+	decided     bool            // see mayHave
+	yielded     chan struct{}   // closed when a branch lets go of the baton for the first time
+	hasYielded  bool
+}
+
+// beaten reports whether another branch has won a race that the line is part of.
+func (l *line) beaten() bool { return l != nil && (l.lost || l.up.beaten()) }
+
+func newRun(c *core) *Run {
+	if c.live == nil {
+		c.live = c.ctx
+	}
+	r := &Run{core: c, line: &line{}}
+	r.root, r.turn = r.line, r.line
+	return r
 }
 
 // environment is what a run acts on.
 type environment struct {
 	store    eventstore.Store
+	state    projection.State
 	clock    clock.Clock
 	bus      *command.Bus
 	encoding *eventstore.Encoding
 	logger   *slog.Logger
+	tell     *telemetry
 }
 
 type rollback struct {
-	id stepID
-	fn func(*Run) error
+	id      stepID
+	order   uint64
+	fn      func(*Run) error
+	settled bool
 }
 
 type outcomeKind uint8
@@ -80,6 +135,7 @@ const (
 	running outcomeKind = iota
 	suspended
 	finished
+	continued // finished, and begun anew
 	blocked
 	conflicted // another engine wrote the history
 	abandoned  // the engine stops
@@ -92,6 +148,7 @@ type outcome struct {
 	reason string
 	step   *stepID
 	err    error
+	ended  string // type of the event that ended the run
 }
 
 // ID returns the run's id.
@@ -109,8 +166,8 @@ func (r *Run) Now() time.Time {
 }
 
 // Sleep waits for d from [Run.Now] on, in the store and not in memory: nothing
-// of the run remains in the process meanwhile but its entry in the list of due
-// times. The error is reserved: today only [ErrUnwinding].
+// of the run remains in the process meanwhile. The error is one for which
+// errors.Is(err, [ErrCancelled]) holds, or [ErrUnwinding].
 func (r *Run) Sleep(name string, d time.Duration) error {
 	return r.sleep(name, func() time.Time { return r.now.Add(d) })
 }
@@ -128,7 +185,7 @@ func (r *Run) sleep(name string, due func() time.Time) error {
 	}
 	if rec != nil && rec.outcome != "" {
 		r.now = rec.at
-		return nil
+		return rec.failure()
 	}
 	if c := r.carried(id); c != nil {
 		r.emit(typeTimerSet, &payload{Step: &id, Due: c.set.Due})
@@ -136,14 +193,24 @@ func (r *Run) sleep(name string, due func() time.Time) error {
 		return nil
 	}
 	var at time.Time
-	if rec != nil && rec.set.Due != nil {
+	known := rec != nil && rec.set.Due != nil
+	if known {
 		at = *rec.set.Due
 	} else {
 		at = due().UTC().Round(0)
-		r.emit(typeTimerSet, &payload{Step: &id, Due: &at})
 	}
-	if at.After(r.env.clock.Now()) {
-		r.leave(outcome{kind: suspended})
+	over := !at.After(r.env.clock.Now())
+	if !over || !r.mayHave() {
+		if err := r.interrupted(id); err != nil {
+			return err
+		}
+	}
+	if !known {
+		r.emit(typeTimerSet, &payload{Step: &id, Due: &at, Scope: r.scope()})
+	}
+	if !over {
+		r.sleepsUntil = at
+		r.park()
 	}
 	r.now = r.emit(typeTimerFired, &payload{Step: &id})
 	return nil
@@ -165,13 +232,17 @@ func (r *Run) OnRollback(name string, fn func(*Run) error) {
 	if !ok {
 		return
 	}
+	order := r.order()
 	if rec == nil {
 		r.emit(typeRollbackAdded, &payload{Step: &id})
+	} else {
+		order = rec.order
 	}
-	r.rollbacks = append(r.rollbacks, rollback{id, fn})
+	r.rollbacks = append(r.rollbacks, rollback{id: id, order: order, fn: fn})
 }
 
-// Settled says that from here on nothing that came before is rolled back.
+// Settled says that from here on nothing that came before is rolled back; in a
+// branch, nothing that came before in that branch.
 func (r *Run) Settled() {
 	if r.in != "" && r.outcome.kind == running {
 		r.own("Settled")
@@ -184,277 +255,29 @@ func (r *Run) Settled() {
 	if rec == nil {
 		r.emit(typeSettled, &payload{Step: &id})
 	}
-	r.settled = len(r.rollbacks)
-}
-
-// Do runs fn as a durable step: once it has succeeded, its result is recorded
-// and fn never runs again. It runs at least once: when the process dies
-// between the end of fn and the record, it runs again, with the same
-// [Step.IdempotencyKey]. It is tried again after an error, see [StepOption];
-// the error that comes back is a [*StepError].
-//
-// The result is stored as JSON, and comes back decoded from that, also the
-// first time.
-func Do[T any](s *Run, name string, fn func(Step) (T, error), options ...StepOption) (T, error) {
-	var out T
-	raw, err := s.effect(kindDo, name, options, func(step Step) (json.RawMessage, error) {
-		value, err := fn(step)
-		if err != nil {
-			return nil, err
-		}
-		return encode(value)
-	})
-	if err != nil {
-		return out, err
-	}
-	if err := eventstore.JSON().Unmarshal(raw, &out); err != nil {
-		s.block(causeMismatch, nil, "the recorded result of step %q does not fit %T: %v", name, out, err)
-	}
-	return out, nil
-}
-
-// Execute executes a command as a durable step. Its effect happens exactly
-// once: the command carries an idempotency key made of the run and the step. A
-// rejection comes back to the code as a [*StepError] for which
-// command.IsRejection holds; other failures are tried again.
-func Execute[S any, C command.Command[S]](s *Run, name string, def *aggregate.Definition[S], c C, options ...StepOption) error {
-	_, err := s.effect(kindExecute, name, options, func(step Step) (json.RawMessage, error) {
-		receipt, err := command.Execute(step, s.env.bus, def, c, command.Key(step.key))
-		if err == nil && receipt.First == 0 {
-			s.urgent = true // without events it left no key, and would be judged again
-		}
-		return nil, err
-	})
-	return err
-}
-
-// Await waits for an event of type E that matches, durably and without a
-// goroutine. It sees the events since the run began (those after its trigger,
-// or after [Start]), each one once: the next Await of the same type continues
-// where this one ended. After the timeout, counted from [Run.Now], the error
-// is [ErrTimeout]; an event that is in the log when the timeout is handled
-// wins. A timeout of 0 or less waits for ever.
-func Await[E Event](s *Run, match Match, timeout time.Duration) (E, error) {
-	var none E
-	name, err := eventTypeOf[E]()
-	if err != nil {
-		s.own("Await")
-		s.block(causeCode, nil, "Await: %v", err)
-		return none, ErrUnwinding
-	}
-	o, err := s.await(name, match, timeout)
-	if err != nil {
-		return none, err
-	}
-	event, err := decodeEvent[E](s.encoding(), o.recorded())
-	if err != nil {
-		s.block(causeMismatch, nil, "the awaited event does not decode: %v", err)
-	}
-	return event, nil
-}
-
-func (r *Run) await(name string, match Match, timeout time.Duration) (*origin, error) {
-	id, rec, ok := r.enter(kindAwait, name)
-	if !ok {
-		return nil, ErrUnwinding
-	}
-	cursor := fmt.Sprintf("%s %q %q %q", name, match.Category, match.StreamID, match.Tag)
-	received := func(o *origin) *origin {
-		r.consumed = append(r.consumed, o.Position)
-		if r.cursors == nil {
-			r.cursors = map[string]eventstore.Position{}
-		}
-		r.cursors[cursor] = o.Position
-		return o
-	}
-	if rec != nil && rec.outcome != "" {
-		r.now = rec.at
-		if rec.outcome == typeAwaitTimedOut {
-			return nil, ErrTimeout
-		}
-		return received(rec.result.Event), nil
-	}
-	if c := r.carried(id); c != nil {
-		r.emit(typeAwaitSet, &payload{Step: &id, Watch: c.set.Watch, Due: c.set.Due})
-		r.now = r.emit(typeAwaitReceived, &payload{Step: &id, Event: c.result.Event})
-		return received(c.result.Event), nil
-	}
-	if rec == nil {
-		w := &watch{Types: r.encoding().StoredTypes(name), Match: match, Since: r.began()}
-		w.Since = max(w.Since, r.cursors[cursor])
-		for _, p := range r.consumed {
-			if p > w.Since {
-				w.Skip = append(w.Skip, p)
-			}
-		}
-		p := &payload{Step: &id, Watch: w}
-		if timeout > 0 {
-			due := r.now.Add(timeout).UTC().Round(0)
-			p.Due = &due
-		}
-		r.emit(typeAwaitSet, p)
-		r.leave(outcome{kind: suspended})
-	}
-	w := rec.set.Watch
-	if w == nil {
-		r.block(causeMismatch, nil, "the history of %s does not say what it waits for", id)
-	}
-	event := r.event
-	r.event = nil
-	due := rec.set.Due
-	if event == nil && due != nil && !due.After(r.env.clock.Now()) {
-		// The timeout counts only if the event is not in the log by now.
-		found, err := first(r.ctx, r.env.store, w, max(w.Since, r.routed), 0)
-		if err != nil {
-			r.leave(outcome{kind: broken, err: err})
-		}
-		event = found
-		if event == nil {
-			r.now = r.emit(typeAwaitTimedOut, &payload{Step: &id})
-			r.urgent = true
-			return nil, ErrTimeout
+	for i := range r.rollbacks {
+		branch := r.rollbacks[i].id.Branch
+		if r.id.branch == "" || branch == r.id.branch || strings.HasPrefix(branch, r.id.branch+"@") {
+			r.rollbacks[i].settled = true
 		}
 	}
-	if event == nil {
-		r.leave(outcome{kind: suspended})
-	}
-	o := originOf(event, true)
-	r.now = r.emit(typeAwaitReceived, &payload{Step: &id, Event: o})
-	r.urgent = true
-	return received(o), nil
-}
-
-// first returns the first event that the watch takes after the position, nil
-// if there is none up to through (0: the head).
-func first(ctx context.Context, store eventstore.Store, w *watch, after, through eventstore.Position) (*eventstore.Recorded, error) {
-	for event, err := range store.Read(ctx, w.query(), eventstore.ReadOptions{After: after, Through: through}) {
-		if err != nil {
-			return nil, err
-		}
-		if w.takes(&event) {
-			return &event, nil
-		}
-	}
-	return nil, nil
-}
-
-// began is the position after which the run sees events.
-func (r *Run) began() eventstore.Position {
-	if r.h.started.Since > 0 {
-		return r.h.started.Since
-	}
-	return r.h.position
-}
-
-func (r *Run) encoding() *eventstore.Encoding {
-	if r.env == nil {
-		return r.replay
-	}
-	return r.env.encoding
-}
-
-// effect is a step that does something outside the history.
-func (r *Run) effect(kind, name string, options []StepOption, run func(Step) (json.RawMessage, error)) (json.RawMessage, error) {
-	id, rec, ok := r.enter(kind, name)
-	if !ok {
-		return nil, ErrUnwinding
-	}
-	n := 1
-	if rec != nil {
-		switch rec.outcome {
-		case typeStepSucceeded:
-			r.now = rec.at
-			return rec.result.Result, nil
-		case typeStepFailed:
-			r.now = rec.at
-			return nil, &StepError{Step: name, failure: *rec.result.Error}
-		}
-		if rec.retryAt.After(r.env.clock.Now()) {
-			r.leave(outcome{kind: suspended})
-		}
-		n = rec.attempts + 1
-	}
-	if c := r.carried(id); c != nil {
-		r.now = r.emit(typeStepSucceeded, &payload{Step: &id, Result: c.result.Result})
-		return c.result.Result, nil
-	}
-	// A run must have started before it has an effect: its start may lose to
-	// that of another run of the same id.
-	if kind == kindDo || r.urgent || r.h.revision.Version == 0 {
-		r.flush()
-	}
-	if r.ctx.Err() != nil {
-		r.leave(outcome{kind: abandoned}) // what was done is recorded, and nothing more is begun
-	}
-	p := defaultPolicy()
-	for _, option := range options {
-		option.applyStep(&p)
-	}
-	step := Step{key: keyOf(r.stream.String(), id.key()), attempt: n, bus: r.env.bus}
-	var raw json.RawMessage
-	r.inStep = id.String()
-	err := attempt(r.context(step.key), p.within, step, func(step Step) (err error) {
-		raw, err = run(step)
-		return err
-	})
-	r.inStep = ""
-	if err == nil {
-		r.now = r.emit(typeStepSucceeded, &payload{Step: &id, Result: raw})
-		r.urgent = r.urgent || kind == kindDo
-		return raw, nil
-	}
-	if r.ctx.Err() != nil {
-		r.leave(outcome{kind: abandoned})
-	}
-	var panicked *panicError
-	if errors.As(err, &panicked) {
-		r.env.logger.Error("saga step panicked", "saga", r.saga, "id", r.stream.ID, "step", name, "panic", panicked.value, "stack", panicked.stack)
-	}
-	if kind == kindExecute {
-		switch {
-		case errors.Is(err, eventstore.ErrKeyReused):
-			r.block(causeMismatch, &id, "%s was executed before with another command; the code must ask for the same one again: %v", id, err)
-		case errors.Is(err, eventstore.ErrClosed), errors.Is(err, eventstore.ErrUnavailable), errors.Is(err, eventstore.ErrOutcomeUnknown):
-			// Not the command's fault: no attempt is counted, and none is the last one
-			// before it is known whether it took effect.
-			r.leave(outcome{kind: broken, err: err})
-		}
-	}
-	f := failureOf(err)
-	permanent := f.Terminal || f.Rejection || p.attempts > 0 && n >= p.attempts ||
-		kind == kindExecute && (errors.Is(err, eventstore.ErrInvalid) || errors.Is(err, eventstore.ErrTooLarge))
-	if permanent {
-		r.now = r.emit(typeStepFailed, &payload{Step: &id, Attempt: n, Error: &f})
-		r.urgent = true
-		return nil, &StepError{Step: name, failure: f}
-	}
-	retry := r.env.clock.Now().Add(p.pause(step.key, n)).UTC().Round(0)
-	r.emit(typeAttemptFailed, &payload{Step: &id, Attempt: n, Due: &retry, Error: &f})
-	r.leave(outcome{kind: suspended})
-	return nil, nil
-}
-
-// context is that of a step: commands executed with it tell where they come from.
-func (r *Run) context(cause string) context.Context {
-	ctx := command.WithCausation(command.WithCorrelation(r.ctx, r.h.meta.CorrelationID), cause)
-	if r.h.meta.Actor != "" {
-		ctx = command.WithActor(ctx, r.h.meta.Actor)
-	}
-	return ctx
 }
 
 // enter begins a saga call. It returns the history's record of the step, nil
 // if the step is new, or false while the run is being put aside.
 func (r *Run) enter(kind, name string) (stepID, *record, bool) {
-	id := stepID{Kind: kind, Name: name, In: r.in}
+	id := stepID{Kind: kind, Name: name, In: r.in, Branch: r.id.branch}
 	r.own(id.String())
-	if r.outcome.kind != running {
+	if r.outcome.kind != running || r.gone {
 		return id, nil, false
 	}
 	if kind != kindSettled {
 		if problem := checkName(name); problem != "" {
 			r.block(causeCode, nil, "%s: the name %s", id, problem)
 		}
+	}
+	if r.counts == nil {
+		r.counts = map[stepID]int{}
 	}
 	r.counts[id]++
 	if n := r.counts[id]; n > 1 {
@@ -465,31 +288,103 @@ func (r *Run) enter(kind, name string) (stepID, *record, bool) {
 
 // match returns the record of the next step of the history, which must be id.
 func (r *Run) match(id stepID) *record {
-	if r.next < len(r.h.records) {
-		rec := r.h.records[r.next]
+	records := *r.h.line(r.id)
+	r.skipMarkers(records)
+	if r.next < len(records) {
+		rec := records[r.next]
 		r.next++
 		if rec.id != id {
 			r.block(causeMismatch, &id, "step %d: history has %s, code asks %s", r.next, rec.id, id)
 		}
-		if rec.outcome == "" && r.env == nil {
-			r.leave(outcome{kind: suspended})
+		if rec.outcome == "" && (r.env == nil || r.beaten()) && id.Kind != kindAll && id.Kind != kindRace {
+			r.park()
 		}
 		if !rec.at.IsZero() {
 			r.now = rec.at
 		}
+		r.noticed = r.noticed || rec.outcome == typeStepFailed && rec.result.Error != nil && rec.result.Error.Cancelled
 		return rec
 	}
-	if r.env == nil {
-		r.leave(outcome{kind: suspended})
+	r.fresh(id)
+	return nil
+}
+
+// skipMarkers passes over version markers that the code does not ask for any more.
+func (r *Run) skipMarkers(records []*record) {
+	for r.next < len(records) && records[r.next].id.Kind == kindVersion {
+		r.next++
+	}
+}
+
+// fresh begins a step that is not in the history, unless nothing new may happen.
+func (r *Run) fresh(id stepID) {
+	// Who has lost the race while a step was under way still registers what undoes it.
+	if r.env == nil || r.beaten() && (r.closed || id.Kind != kindOnRollback) {
+		r.park()
 	}
 	if r.h.finished != nil {
 		r.block(causeMismatch, &id, "step %d: history has ended, code asks %s", r.next+1, id)
 	}
 	r.next++
-	return nil
 }
 
 func (r *Run) carried(id stepID) *record { return r.h.carried[id] }
+
+// order is that of the next event that is written.
+func (c *core) order() uint64 { return c.h.revision.Version + uint64(len(c.buffer)) + 1 }
+
+// scope is what a wait notes of whether a request to cancel the run ends it.
+func (r *Run) scope() string {
+	if r.detached || r.in != "" {
+		return scopeDetached
+	}
+	return ""
+}
+
+// interrupted ends a step that has not ended when the run is to be cancelled,
+// and returns the error that the code gets; nil if it may go on.
+func (r *Run) interrupted(id stepID) error {
+	if r.h.cancel == nil || r.scope() != "" {
+		return nil
+	}
+	return r.refuse(id)
+}
+
+// refuse records that the step did not happen because the run is cancelled.
+func (r *Run) refuse(id stepID) error {
+	const most = 1000
+	if r.refused++; r.refused > most {
+		r.block(causeCode, &id, "the run was cancelled, and its code has ignored that %d times: return the error", most)
+	}
+	f := failure{Message: ErrCancelled.Error(), Cancelled: true}
+	if r.h.cancel != nil && r.h.cancel.Reason != "" {
+		f.Message += ": " + r.h.cancel.Reason
+	}
+	r.now = r.emit(typeStepFailed, &payload{Step: &id, Error: &f})
+	r.noticed = true
+	r.decide()
+	return &StepError{Step: id.Name, failure: f}
+}
+
+// decide says that what was buffered last must be durable before anything is done
+// that depends on it.
+func (r *Run) decide() { r.urgent, r.decided = true, true }
+
+// mayHave reports whether the line may have come beyond its history before, in an
+// engine that died: commands are executed before what precedes them is durable.
+// As long as that is so a request to cancel the run, which came later, must not
+// end what is done at once: whether it was done is found out by doing it again,
+// with the same key. The next one that waits, or that may happen twice, is where
+// the run ends.
+func (r *Run) mayHave() bool { return !r.decided }
+
+// failure is the error that the record says, nil if it says none.
+func (rec *record) failure() error {
+	if rec.outcome != typeStepFailed || rec.result.Error == nil {
+		return nil
+	}
+	return &StepError{Step: rec.id.Name, failure: *rec.result.Error}
+}
 
 func checkName(name string) string {
 	switch {
@@ -518,24 +413,39 @@ func (r *Run) own(call string) {
 		}
 		runtime.Goexit()
 	}
-	if r.outcome.kind != running {
+	if r.inStep != "" {
+		step := r.inStep
+		r.resume()
+		r.inStep = ""
+		r.block(causeCode, nil, "%s was called inside step %s: steps do not nest; use what the step is given", call, step)
+	}
+	if r.outcome.kind != running || r.gone {
 		return
+	}
+	if r.line != r.turn {
+		r.block(causeCode, nil, "%s was called with the run of another branch: use the run that the branch was given", call)
 	}
 	if message := r.misuse.Load(); message != nil {
 		r.block(causeCode, nil, "%s", *message)
 	}
-	if r.inStep != "" {
-		step := r.inStep
-		r.inStep = ""
-		r.block(causeCode, nil, "%s was called inside step %s: steps do not nest; use what the step is given", call, step)
-	}
 }
 
-// leave ends the code here: deferred functions run, nothing else does.
+// leave ends the code here, in every branch: deferred functions run, nothing
+// else does.
 func (r *Run) leave(o outcome) {
 	if r.outcome.kind == running {
 		r.outcome = o
 	}
+	r.gone = true
+	runtime.Goexit()
+}
+
+// park puts the line aside; other branches go on.
+func (r *Run) park() {
+	if r.line == r.root {
+		r.leave(outcome{kind: suspended})
+	}
+	r.gone = true
 	runtime.Goexit()
 }
 
@@ -562,6 +472,7 @@ func (r *Run) emit(eventType string, p *payload) time.Time {
 	const most = 500
 	if len(r.buffer) >= most {
 		r.flush()
+		r.decided = true
 	}
 	return at
 }
@@ -573,32 +484,80 @@ func (r *Run) flush() {
 	}
 }
 
-func (r *Run) write() outcome {
-	if len(r.buffer) == 0 {
+// write makes the buffer durable. What others have written to the run
+// meanwhile, such as signals, comes before it.
+func (c *core) write() outcome {
+	for {
+		o := c.append()
+		if o.kind != conflicted {
+			return o
+		}
+		if rebased, err := c.rebase(); err != nil {
+			return outcome{kind: broken, err: err}
+		} else if !rebased {
+			return o
+		}
+	}
+}
+
+// rebase takes in what others have written; false says that it was not only that.
+func (c *core) rebase() (bool, error) {
+	var found []eventstore.Recorded
+	if c.h.revision.Version == 0 {
+		return false, nil
+	}
+	for e, err := range c.env.store.Read(c.ctx, eventstore.OneStream(c.stream), eventstore.ReadOptions{After: c.h.revision.Position}) {
+		if err != nil {
+			return false, err
+		}
+		if !external(e.Type) {
+			return false, nil
+		}
+		found = append(found, e)
+	}
+	for i := range found {
+		if err := c.h.add(&found[i]); err != nil {
+			return false, err
+		}
+	}
+	if n := len(c.written); n > 0 && c.buffer[n-1].Type == typeContinued {
+		c.carryOver(c.written[n-1])
+		data, err := encodePayload(c.written[n-1])
+		if err != nil {
+			return false, err
+		}
+		c.buffer[n-1].Data = data
+	}
+	return len(found) > 0, nil
+}
+
+func (c *core) append() outcome {
+	if len(c.buffer) == 0 {
 		return outcome{}
 	}
-	receipt, err := r.env.store.Append(context.WithoutCancel(r.ctx), eventstore.Commit{
-		Events:     r.buffer,
-		Conditions: []eventstore.Condition{eventstore.StreamAt(r.stream, r.h.revision)},
+	receipt, err := c.env.store.Append(context.WithoutCancel(c.ctx), eventstore.Commit{
+		Events:     c.buffer,
+		Conditions: []eventstore.Condition{eventstore.StreamAt(c.stream, c.h.revision)},
 	})
 	switch {
 	case err == nil:
-		n := uint64(len(r.buffer))
-		last := receipt.Revision(r.stream)
-		for i, p := range r.written {
+		n := uint64(len(c.buffer))
+		last := receipt.Revision(c.stream)
+		for i, p := range c.written {
 			behind := n - 1 - uint64(i)
 			at := eventstore.Revision{Version: last.Version - behind, Position: last.Position - eventstore.Position(behind)}
-			if err := r.h.apply(r.buffer[i].Type, p, r.buffer[i].Time, at); err != nil {
+			if err := c.h.apply(c.buffer[i].Type, p, c.buffer[i].Time, at); err != nil {
 				return outcome{kind: broken, err: err}
 			}
+			c.h.bytes += len(c.buffer[i].Data)
 		}
-		r.h.revision = last
-		r.buffer, r.written, r.urgent = nil, nil, false
+		c.h.revision = last
+		c.buffer, c.written, c.urgent = nil, nil, false
 		return outcome{}
 	case errors.Is(err, eventstore.ErrConflict):
 		return outcome{kind: conflicted, err: err}
 	case errors.Is(err, eventstore.ErrTooLarge), errors.Is(err, eventstore.ErrInvalid):
-		r.buffer, r.written = nil, nil
+		c.buffer, c.written = nil, nil
 		return outcome{kind: blocked, cause: causeCode, reason: fmt.Sprintf("its history cannot be written: %v", err)}
 	}
 	return outcome{kind: broken, err: err}
@@ -618,23 +577,27 @@ func runCode(r *Run, done chan<- struct{}) {
 	defer close(done)
 	growStack(len(r.saga))
 	returned := false
-	defer func() {
-		p := recover()
-		switch {
-		case p != nil:
-			if r.env != nil {
-				r.env.logger.Error("saga panicked", "saga", r.saga, "id", r.stream.ID, "panic", p, "stack", stack())
-			}
-			r.outcome = outcome{kind: blocked, cause: causeCode, reason: fmt.Sprintf("the code panicked: %v", p)}
-		case !returned && r.outcome.kind == running:
-			r.outcome = outcome{kind: blocked, cause: causeCode, reason: "the code ended its goroutine by runtime.Goexit"}
-		}
-	}()
+	defer func() { r.recovered(recover(), returned) }()
 	r.now = r.h.startedAt
-	r.counts = map[stepID]int{}
+	r.consumed, r.cursors = slices.Clone(r.h.started.Consumed), maps.Clone(r.h.started.Cursors)
 	result, err := r.code(r, r.h.started.In)
 	r.end(result, err)
 	returned = true
+}
+
+// recovered turns a panic, and an end of the goroutine that is not the run's
+// own, into a block of the run.
+func (r *Run) recovered(p any, returned bool) {
+	switch {
+	case p != nil:
+		if r.env != nil {
+			r.env.logger.Error("saga panicked", "saga", r.saga, "id", r.stream.ID, "panic", p, "stack", stack())
+		}
+		r.outcome = outcome{kind: blocked, cause: causeCode, reason: fmt.Sprintf("the code panicked: %v", p)}
+	case !returned && r.outcome.kind == running && !r.gone:
+		r.outcome = outcome{kind: blocked, cause: causeCode, reason: "the code ended its goroutine by runtime.Goexit"}
+	}
+	r.gone = true
 }
 
 // growStack makes room for the code at once, while there is nothing on the
@@ -651,46 +614,74 @@ func (r *Run) end(result json.RawMessage, err error) {
 	if message := r.misuse.Load(); message != nil {
 		r.block(causeCode, nil, "%s", *message)
 	}
+	if next, ok := errors.AsType[*continuation](err); ok && next.run == r.core {
+		r.goOn(next)
+		return
+	}
 	last := payload{Result: result}
 	lastType := typeCompleted
 	if err != nil {
 		lastType = typeFailed
 		f := failureOf(err)
 		last = payload{Error: &f}
-		if pending := r.rollbacks[r.settled:]; len(pending) > 0 {
+		if f.Cancelled {
+			lastType = typeCancelled
+		}
+		if pending := r.pending(); len(pending) > 0 {
 			id := stepID{Kind: kindRollback}
 			if rec := r.match(id); rec == nil {
 				r.emit(typeRollbackBegan, &payload{Step: &id, Error: &f})
-				r.urgent = true
+				r.decide()
 			} else if rec.result.Error != nil {
 				last.Error = rec.result.Error
+				if lastType = typeFailed; last.Error.Cancelled {
+					lastType = typeCancelled
+				}
 			}
 			for _, rb := range slices.Backward(pending) {
-				r.in = rb.id.label()
+				r.in = rb.id.compensation()
 				err := rb.fn(r)
 				if err != nil {
 					r.block(causeCompensation, &stepID{Kind: kindCompensated, Name: rb.id.Name, Occurrence: rb.id.Occurrence, In: r.in}, "compensation %q failed: %v; Resume tries it again", r.in, err)
 				}
 				r.in = ""
 				id := stepID{Kind: kindCompensated, Name: rb.id.Name, Occurrence: rb.id.Occurrence}
+				if rb.id.Branch != "" {
+					id = stepID{Kind: kindCompensated, Name: rb.id.compensation()}
+				}
 				if rec := r.match(id); rec == nil {
 					r.emit(typeCompensated, &payload{Step: &id})
 				}
-				last.Compensated = append(last.Compensated, rb.id.label())
+				last.Compensated = append(last.Compensated, rb.id.compensation())
 			}
 		}
 	}
-	if r.next < len(r.h.records) {
-		r.block(causeMismatch, nil, "step %d: history has %s, code has ended", r.next+1, r.h.records[r.next].id)
+	r.finish(lastType, &last)
+}
+
+// pending are the compensations that are due when the code has failed, in the
+// order in which they were registered.
+func (r *Run) pending() []rollback {
+	pending := slices.DeleteFunc(slices.Clone(r.rollbacks), func(rb rollback) bool { return rb.settled })
+	slices.SortStableFunc(pending, func(a, b rollback) int { return cmp.Compare(a.order, b.order) })
+	return pending
+}
+
+// finish records the end of the run.
+func (r *Run) finish(lastType string, last *payload) {
+	records := *r.h.line(r.id)
+	r.skipMarkers(records)
+	if r.next < len(records) {
+		r.block(causeMismatch, nil, "step %d: history has %s, code has ended", r.next+1, records[r.next].id)
 	}
 	if r.h.finished != nil {
-		if r.h.finishedType != lastType {
+		if r.h.finishedType != lastType && r.h.finishedType != typeTerminated {
 			r.block(causeMismatch, nil, "history has %s, code ended with %s", r.h.finishedType, lastType)
 		}
 	} else if r.env != nil {
-		r.emit(lastType, &last)
+		r.emit(lastType, last)
 	}
-	r.outcome = outcome{kind: finished}
+	r.outcome = outcome{kind: finished, ended: lastType}
 }
 
 func encode(value any) (json.RawMessage, error) {
@@ -721,8 +712,11 @@ func onCodeGoroutine() bool {
 		return true
 	}
 	f := runtime.FuncForPC(pcs[n-2] - 1)
-	return f == nil || f.Entry() == codeEntry()
+	return f == nil || f.Entry() == codeEntry() || f.Entry() == branchEntry()
 }
 
-// codeEntry is the entry of runCode.
-var codeEntry = sync.OnceValue(func() uintptr { return reflect.ValueOf(runCode).Pointer() })
+// codeEntry and branchEntry are the entries of runCode and runBranch.
+var (
+	codeEntry   = sync.OnceValue(func() uintptr { return reflect.ValueOf(runCode).Pointer() })
+	branchEntry = sync.OnceValue(func() uintptr { return reflect.ValueOf(runBranch).Pointer() })
+)

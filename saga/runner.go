@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"time"
 
@@ -13,10 +14,21 @@ import (
 )
 
 // behaviour is what a saga's and a reaction's worker do differently. All
-// methods are called with the runner's lock held, but for load.
+// methods are called with the runner's lock held, but for load, reset, repair,
+// prepare and tend.
 type behaviour interface {
-	// load reads the index as of the checkpoint.
-	load(tx projection.StateTx) error
+	// load reads what it needs of the index, as of the checkpoint. False says that
+	// the index must be repaired first.
+	load(tx projection.StateTx, at projection.Checkpoint) (bool, error)
+	// reset makes the index an empty one, whose checkpoint is this.
+	reset(tx projection.StateTx, at projection.Checkpoint) error
+	// repair makes what is missing of the index from the rest.
+	repair(ctx context.Context, lease projection.Lease, at projection.Checkpoint) error
+	// prepare loads what routing the events needs. What it returns is to be called
+	// after that, with the lock held.
+	prepare(ctx context.Context, events []eventstore.Recorded) (func(), error)
+	// tend loads what of the index is needed for another reason, until ctx ends.
+	tend(ctx context.Context) error
 	// query selects what the worker follows; it may widen as events are routed.
 	query() eventstore.Query
 	// past selects the events that a new process must decide about; false: none.
@@ -33,6 +45,10 @@ type behaviour interface {
 	settle()
 	// due is the earliest instant that something waits for.
 	due() (time.Time, bool)
+	// alarm is the earliest instant at which there is something to fire.
+	alarm() (time.Time, bool)
+	// unsettled says that due is not exact, or that ready is not done with.
+	unsettled() bool
 	// fire gets going what is due.
 	fire(now time.Time)
 	// changes takes what of the index is not stored yet.
@@ -44,9 +60,10 @@ type behaviour interface {
 // changes are those of the index since the last flush.
 type changes struct {
 	count int
-	write func(tx projection.StateTx) error
-	// undo marks them as not stored again.
-	undo func()
+	// write writes them, which may be none. The checkpoint is the index's from then on.
+	write func(tx projection.StateTx, at projection.Checkpoint) error
+	// undo marks them as not stored again, and stored says that they are.
+	undo, stored func()
 }
 
 // flushEvery bounds how many changes of the index gather, and so how long a
@@ -108,6 +125,7 @@ type runner struct {
 	env       *environment
 	state     projection.State
 	shared    bool // by other processes, which may take the lease
+	apart     bool // from the states of the others
 	ttl       time.Duration
 	grace     time.Duration
 	limit     int
@@ -120,6 +138,8 @@ type runner struct {
 	unstored   chan struct{}
 	full       chan struct{}
 	room       chan struct{}
+	flushed    chan struct{}
+	hungry     chan struct{} // for tend
 	opened     func()        // called when it is known where to begin
 	stopped    chan struct{} // closed when serve has returned
 
@@ -142,15 +162,19 @@ type runner struct {
 	active     int
 	idle       chan struct{} // closed when active reaches 0 while stopping
 	waiters    []*waiter
-	pending    int // changes since the last flush
+	pending    int  // changes since the last flush
+	starved    bool // tend waits until less is pending or in the queue
+	inSweep    bool // jobs that are submitted now are held
+	held       int  // jobs without which nothing is settled
 }
 
 func newRunner(e *Engine, name string, begin beginning) runner {
 	return runner{
-		name: name, begin: begin, env: &e.env, state: e.state, shared: projection.Shared(e.state),
+		name: name, begin: begin, env: &e.env, state: e.state, shared: projection.Shared(e.state), apart: e.options.Leases != nil,
 		ttl: e.options.LeaseTTL, grace: e.options.Grace, limit: e.options.Concurrency, logger: e.env.logger,
 		flushing: make(chan struct{}, 1), confirming: make(chan struct{}, 1), rearm: make(chan struct{}, 1), unstored: make(chan struct{}, 1),
-		full: make(chan struct{}, 1), room: make(chan struct{}, 1), stopped: make(chan struct{}),
+		full: make(chan struct{}, 1), room: make(chan struct{}, 1), flushed: make(chan struct{}, 1), hungry: make(chan struct{}, 1),
+		stopped: make(chan struct{}),
 	}
 }
 
@@ -179,31 +203,45 @@ func (w *runner) serve(ctx context.Context, lease projection.Lease) error {
 }
 
 func (w *runner) run(ctx context.Context, lease projection.Lease) error {
+	following, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w.mu.Lock()
+	w.lease, w.cancel = lease, cancel
+	w.mu.Unlock()
+	// To load the index, and to wait for steps at the end, can take longer than the
+	// lease lasts.
+	var keeper sync.WaitGroup
+	defer keeper.Wait()
+	keeping, let := context.WithCancel(context.WithoutCancel(ctx))
+	defer let()
+	keeper.Go(func() {
+		if err := w.renewLoop(keeping); err != nil && keeping.Err() == nil {
+			w.fail(err)
+		}
+	})
 	for n := 0; ; n++ {
-		err := w.open(ctx, lease)
+		err := w.open(following, lease)
 		if err == nil {
 			break
 		}
-		if ctx.Err() != nil {
-			return nil
+		if following.Err() != nil {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.failure
 		}
 		if errors.Is(err, projection.ErrFenced) || lasting(err) {
 			return err
 		}
 		w.logger.Warn("could not find its place in the log; it is tried again", "worker", w.name, "error", err)
-		pause(ctx, backoff(n))
+		pause(following, backoff(n))
 	}
 	w.opened()
+	defer w.env.tell.observe(w)()
 
-	following, cancel := context.WithCancel(ctx)
-	defer cancel()
 	steps, cancelSteps := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer cancelSteps(ErrStopped)
 	w.mu.Lock()
-	w.cancel, w.steps = cancel, steps
-	if w.failure != nil {
-		cancel()
-	}
+	w.steps = steps
 	if w.position >= w.target {
 		w.caught = true
 		w.behaviour.ready()
@@ -212,7 +250,7 @@ func (w *runner) run(ctx context.Context, lease projection.Lease) error {
 	w.mu.Unlock()
 
 	var loops sync.WaitGroup
-	for _, loop := range []func(context.Context) error{w.follow, w.fireLoop, w.flushLoop, w.renewLoop} {
+	for _, loop := range []func(context.Context) error{w.follow, w.fireLoop, w.flushLoop, w.behaviour.tend} {
 		loops.Go(func() {
 			if err := loop(following); err != nil && following.Err() == nil {
 				w.fail(err)
@@ -249,7 +287,6 @@ func pause(ctx context.Context, d time.Duration) bool {
 
 // open loads the index and finds where to begin.
 func (w *runner) open(ctx context.Context, lease projection.Lease) error {
-	began := time.Now()
 	logID, err := eventstore.LogID(ctx, w.env.store)
 	if err != nil && !errors.Is(err, errors.ErrUnsupported) {
 		return fmt.Errorf("%s: %w", w.name, err)
@@ -259,25 +296,45 @@ func (w *runner) open(ctx context.Context, lease projection.Lease) error {
 		return fmt.Errorf("%s: %w", w.name, err)
 	}
 	var checkpoint projection.Checkpoint
-	err = w.state.View(ctx, func(tx projection.StateTx) error {
+	whole := true
+	load := func(tx projection.StateTx) error {
 		var err error
 		if checkpoint, err = tx.Checkpoint(w.name); err != nil || checkpoint.IsZero() {
 			return err
 		}
-		return w.behaviour.load(tx)
-	})
+		whole, err = w.behaviour.load(tx, checkpoint)
+		return err
+	}
+	err = w.state.View(ctx, load)
+	if err == nil && !whole {
+		if err = w.behaviour.repair(ctx, lease, checkpoint); err == nil {
+			err = w.state.View(ctx, load)
+		}
+	}
+	if err == nil && !whole {
+		err = fmt.Errorf("%w: another owner has written meanwhile", projection.ErrFenced)
+	}
 	if err != nil {
 		return fmt.Errorf("%s: load the index: %w", w.name, err)
 	}
 	switch {
 	case checkpoint.IsZero():
 		from, err := w.decide(ctx, head)
+		if err == nil {
+			err = w.announce(ctx, from)
+		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", w.name, err)
 		}
 		// Stored at once: events of tomorrow must not look like the past.
-		first := projection.Checkpoint{Log: logID, Position: from}
-		if err := w.state.Update(ctx, func(tx projection.StateTx) error { return tx.SetCheckpoint(lease, checkpoint, first) }); err != nil {
+		first := projection.Checkpoint{Log: logID, Epoch: lease.Epoch, Position: from}
+		err = w.state.Update(ctx, func(tx projection.StateTx) error {
+			if err := tx.SetCheckpoint(lease, checkpoint, first); err != nil {
+				return err
+			}
+			return w.behaviour.reset(tx, first)
+		})
+		if err != nil {
 			return fmt.Errorf("%s: %w", w.name, err)
 		}
 		checkpoint = first
@@ -285,11 +342,16 @@ func (w *runner) open(ctx context.Context, lease projection.Lease) error {
 		return fmt.Errorf("%s: %w: its checkpoint belongs to the log %q, the store has the log %q: was one of them replaced?", w.name, eventstore.ErrInvalid, checkpoint.Log, logID)
 	case checkpoint.Position > head:
 		return fmt.Errorf("%s: %w: its checkpoint is at position %d, but the log ends at %d: was the log restored from an older copy?", w.name, eventstore.ErrInvalid, checkpoint.Position, head)
+	default:
+		// It began where the log says, or at the start.
+		if err := w.announce(ctx, 0); err != nil {
+			return fmt.Errorf("%s: %w", w.name, err)
+		}
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.lease, w.logID, w.checkpoint = lease, logID, checkpoint
-	w.position, w.target, w.sure = checkpoint.Position, head, began
+	w.logID, w.checkpoint = logID, checkpoint
+	w.position, w.target = checkpoint.Position, head
 	return nil
 }
 
@@ -302,12 +364,12 @@ type registration struct {
 
 // decide returns where a process without checkpoint begins.
 func (w *runner) decide(ctx context.Context, head eventstore.Position) (eventstore.Position, error) {
-	stream := eventstore.Stream{Category: registrationStream, ID: w.name}
-	for r, err := range w.env.store.Read(ctx, eventstore.OneStream(stream), eventstore.ReadOptions{Limit: 1}) {
-		if err != nil {
-			return 0, err
-		}
-		return decodeRegistration(&r)
+	if from, known, err := registered(ctx, w.env.store, w.name); known || err != nil {
+		return from, err
+	}
+	// Another build of the process has decided before.
+	if from, known, err := w.decided(ctx); known || err != nil {
+		return from, err
 	}
 	if w.begin == fromStart {
 		return 0, nil
@@ -329,17 +391,58 @@ func (w *runner) decide(ctx context.Context, head eventstore.Position) (eventsto
 		if w.begin == undecided {
 			return 0, fmt.Errorf("%w: it is new, and the log holds events for it (the first is %q at position %d): say .FromStart() on its definition to handle them, or .FromNow() to leave them alone", ErrUndecided, r.Type, r.Position)
 		}
-		data, err := encodeRegistration(head)
-		if err != nil {
-			return 0, err
-		}
-		_, err = w.env.store.Append(ctx, eventstore.Commit{
-			Events:     []eventstore.Event{{Stream: stream, Type: registrationType, Data: data, Time: w.env.clock.Now()}},
-			Conditions: []eventstore.Condition{eventstore.StreamAt(stream, eventstore.Revision{})},
-		})
-		return head, err
+		return head, w.register(ctx, head)
 	}
 	return 0, nil
+}
+
+// decided returns where the first of the builds of the same process began, if
+// one has said so.
+func (w *runner) decided(ctx context.Context) (from eventstore.Position, known bool, err error) {
+	name, _, _ := strings.Cut(w.name, "@")
+	for r, err := range w.env.store.Read(ctx, eventstore.OneCategory(registrationStream), eventstore.ReadOptions{}) {
+		if err != nil {
+			return 0, false, err
+		}
+		if other, _, _ := strings.Cut(r.Stream.ID, "@"); other != name {
+			continue
+		}
+		began, err := decodeRegistration(&r)
+		if err != nil {
+			return 0, false, err
+		}
+		if !known || began < from {
+			from, known = began, true
+		}
+	}
+	return from, known, nil
+}
+
+// register records where the process begins.
+func (w *runner) register(ctx context.Context, from eventstore.Position) error {
+	data, err := encodeRegistration(from)
+	if err != nil {
+		return err
+	}
+	stream := registrationOf(w.name)
+	_, err = w.env.store.Append(ctx, eventstore.Commit{
+		Events:     []eventstore.Event{{Stream: stream, Type: registrationType, Data: data, Time: w.env.clock.Now()}},
+		Conditions: []eventstore.Condition{eventstore.StreamAt(stream, eventstore.Revision{})},
+	})
+	return err
+}
+
+// announce records where the process begins, if nobody has, where the others
+// cannot see it in the state: whoever takes over must not decide about the past
+// once more.
+func (w *runner) announce(ctx context.Context, from eventstore.Position) error {
+	if !w.apart {
+		return nil
+	}
+	if _, known, err := registered(ctx, w.env.store, w.name); known || err != nil {
+		return err
+	}
+	return w.register(ctx, from)
 }
 
 // follow routes the log as it grows.
@@ -378,6 +481,13 @@ func (w *runner) follow(ctx context.Context) error {
 
 func (w *runner) take(ctx context.Context, batch eventstore.Batch) (bool, error) {
 	again := false
+	finish, err := w.behaviour.prepare(ctx, batch.Events)
+	if err != nil {
+		if ctx.Err() != nil {
+			return false, nil
+		}
+		return false, err
+	}
 	w.mu.Lock()
 	through := batch.Through
 	for i := range batch.Events {
@@ -385,6 +495,7 @@ func (w *runner) take(ctx context.Context, batch eventstore.Batch) (bool, error)
 		w.cause = r.Position
 		widened, err := w.behaviour.route(r)
 		if err != nil {
+			finish()
 			w.mu.Unlock()
 			return false, fmt.Errorf("%s: event %q at position %d: %w", w.name, r.Type, r.Position, err)
 		}
@@ -397,19 +508,32 @@ func (w *runner) take(ctx context.Context, batch eventstore.Batch) (bool, error)
 	w.position = max(w.position, through)
 	w.cause = w.position
 	switch {
-	case w.caught:
-		w.behaviour.settle()
-	case w.position >= w.target:
+	case !w.caught && w.position >= w.target:
 		w.caught = true
 		w.behaviour.ready()
+	default:
+		w.behaviour.settle()
 	}
+	finish()
 	w.pump()
+	w.feed()
 	w.notify()
 	if moved {
 		poke(w.unstored)
 	}
 	crowded := len(w.queue) > 16*w.limit
+	unstored := w.pending > mostUnstored
 	w.mu.Unlock()
+	for unstored {
+		select {
+		case <-w.flushed:
+		case <-ctx.Done():
+			return false, nil
+		}
+		w.mu.Lock()
+		unstored = w.pending > mostUnstored
+		w.mu.Unlock()
+	}
 	for crowded {
 		select {
 		case <-w.room:
@@ -436,6 +560,16 @@ func (w *runner) changed() {
 
 // submit queues a job; the lock is held.
 func (w *runner) submit(run func(ctx context.Context)) {
+	if w.inSweep {
+		w.held++
+		free := run
+		run = func(ctx context.Context) {
+			free(ctx)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.held--
+		}
+	}
 	w.queue = append(w.queue, job{w.ledger.add(max(w.cause, w.position)), run})
 }
 
@@ -448,8 +582,22 @@ func (w *runner) pump() {
 		w.active++
 		go w.work(w.steps, j)
 	}
+	w.roomy()
+}
+
+// roomy says that there is room in the queue, if there is; the lock is held.
+func (w *runner) roomy() {
 	if len(w.queue) <= 8*w.limit {
 		poke(w.room)
+		w.feed()
+	}
+}
+
+// feed makes tend look again; the lock is held.
+func (w *runner) feed() {
+	if w.starved {
+		w.starved = false
+		poke(w.hungry)
 	}
 }
 
@@ -465,9 +613,7 @@ func (w *runner) work(ctx context.Context, j job) {
 		j = w.queue[0]
 		w.queue[0] = job{}
 		w.queue = w.queue[1:]
-		if len(w.queue) <= 8*w.limit {
-			poke(w.room)
-		}
+		w.roomy()
 		w.mu.Unlock()
 	}
 	defer w.mu.Unlock()
@@ -501,7 +647,7 @@ func (w *runner) notify() {
 // got to it yet: a run must not begin behind the back of who has settled, and
 // then move the clock.
 func (w *runner) settled(p eventstore.Position) bool {
-	if !w.caught || w.position < p || w.ledger.before(p) {
+	if !w.caught || w.position < p || w.ledger.before(p) || w.held > 0 || w.behaviour.unsettled() {
 		return false
 	}
 	at, some := w.behaviour.due()
@@ -557,7 +703,7 @@ func (w *runner) Fire(_ context.Context, now time.Time) error {
 func (w *runner) fireLoop(ctx context.Context) error {
 	for {
 		w.mu.Lock()
-		at, some := w.behaviour.due()
+		at, some := w.behaviour.alarm()
 		w.mu.Unlock()
 		var timer <-chan time.Time
 		stop := func() {}
@@ -620,8 +766,8 @@ func (w *runner) flush(ctx context.Context) error {
 	}
 	defer func() { <-w.flushing }()
 	w.mu.Lock()
-	from, to := w.checkpoint, projection.Checkpoint{Log: w.logID, Position: w.position}
 	lease, doubtful := w.lease, w.doubtful
+	from, to := w.checkpoint, projection.Checkpoint{Log: w.logID, Epoch: w.lease.Epoch, Position: w.position}
 	ch := w.behaviour.changes()
 	w.pending = 0
 	w.mu.Unlock()
@@ -642,18 +788,21 @@ func (w *runner) flush(ctx context.Context) error {
 			}
 		}
 		// First, because it fences.
-		if err := tx.SetCheckpoint(lease, from, to); err != nil || ch.count == 0 {
+		if err := tx.SetCheckpoint(lease, from, to); err != nil {
 			return err
 		}
-		return ch.write(tx)
+		return ch.write(tx, to)
 	})
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	defer poke(w.flushed)
+	defer w.feed()
 	if w.doubtful = err != nil; w.doubtful {
 		ch.undo()
 		return fmt.Errorf("%s: store the index: %w", w.name, err)
 	}
 	w.checkpoint, w.sure = to, began
+	ch.stored()
 	return nil
 }
 

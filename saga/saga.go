@@ -42,7 +42,11 @@ type blueprint struct {
 	code      func(*Run, json.RawMessage) (json.RawMessage, error)
 	triggers  []trigger
 	beginning beginning
+	pin       string // the build that its runs are pinned to
+	draining  bool
 	mistakes  []error
+	// begun, if not nil, is called when a worker has caught up.
+	begun func(ctx context.Context, w *sagaWorker) error
 }
 
 func (b *blueprint) stream(id string) eventstore.Stream {
@@ -50,6 +54,19 @@ func (b *blueprint) stream(id string) eventstore.Stream {
 }
 
 func category(name string) string { return "saga." + name }
+
+// unit names the work of running it, and the lease of that.
+func (b *blueprint) unit() string { return "saga " + withBuild(b.name, b.pin) }
+
+// index is what the names of its tables begin with.
+func (b *blueprint) index() string { return withBuild(category(b.name), b.pin) }
+
+func withBuild(name, build string) string {
+	if build == "" {
+		return name
+	}
+	return name + "@" + build
+}
 
 // Definition is a saga: a function from In to Out whose effects are durable
 // steps. Make it with [Define], once, as a package variable. It is immutable
@@ -72,7 +89,7 @@ type Option[In any] struct {
 // must do the same again: nothing but what it is given and what its steps
 // return may decide what it asks for. The time (use [Run.Now]), random numbers,
 // the order of a map, goroutines, and I/O outside of steps are the things to
-// avoid.
+// avoid; the command deedvet finds them.
 func Define[In, Out any](name string, run func(*Run, In) (Out, error), options ...Option[In]) *Definition[In, Out] {
 	d := &Definition[In, Out]{blueprint: blueprint{name: name}}
 	if err := eventstore.ValidateCategory(category(name)); name == "" || err != nil {
@@ -154,6 +171,46 @@ func (d *Definition[In, Out]) FromStart() *Definition[In, Out] { return d.begin(
 // and stays.
 func (d *Definition[In, Out]) FromNow() *Definition[In, Out] { return d.begin(fromNow) }
 
+// Build returns the definition, pinned to a build (ASCII letters, digits, '.', '_'
+// and '-'): the runs that it starts are run by definitions of that build only,
+// their whole lives long, and it runs no others. So code that runs under way could
+// not take is deployed as a new build beside the old one, in the same program or
+// in others, until [Engine.Builds] shows that the old one has no open runs. Each
+// build has its own lease, and is given to nodes that have it.
+//
+// Runs that were started without a build belong to the definition without one.
+// With several builds, an event that starts a run ([On]) starts it in one of
+// them; [Definition.Draining] keeps the old ones out of it.
+func (d *Definition[In, Out]) Build(build string) *Definition[In, Out] {
+	changed := *d
+	changed.pin = build
+	if problem := checkBuild(build); problem != "" {
+		changed.mistakes = append(slices.Clone(d.mistakes), fmt.Errorf("%w: build %q of saga %q %s", eventstore.ErrInvalid, build, d.name, problem))
+	}
+	return &changed
+}
+
+// Draining returns the definition, which starts no more runs on events ([On]):
+// what there is of its build is run to the end.
+func (d *Definition[In, Out]) Draining() *Definition[In, Out] {
+	changed := *d
+	changed.draining = true
+	return &changed
+}
+
+func checkBuild(build string) string {
+	const most = 64
+	if build == "" || len(build) > most {
+		return fmt.Sprintf("must have 1 to %d characters", most)
+	}
+	for _, c := range build {
+		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '.' || c == '_' || c == '-') {
+			return fmt.Sprintf("has the character %q: use ASCII letters, digits, '.', '_' and '-'", c)
+		}
+	}
+	return ""
+}
+
 func (d *Definition[In, Out]) begin(b beginning) *Definition[In, Out] {
 	changed := *d
 	changed.beginning = b
@@ -161,6 +218,8 @@ func (d *Definition[In, Out]) begin(b beginning) *Definition[In, Out] {
 }
 
 func (d *Definition[In, Out]) kind() string { return "saga" }
+
+func (d *Definition[In, Out]) pinned() string { return d.pin }
 
 // Replay runs the function against a recorded history, from the store or from
 // a file, without doing anything: what is not recorded ends the replay. It
@@ -176,7 +235,7 @@ func (d *Definition[In, Out]) Replay(ctx context.Context, events []eventstore.Re
 			return err
 		}
 	}
-	r := &Run{saga: d.name, stream: events[0].Stream, ctx: ctx, code: d.code, h: h, replay: enc}
+	r := newRun(&core{saga: d.name, stream: events[0].Stream, ctx: ctx, code: d.code, h: h, replay: enc})
 	if o := r.execute(); o.kind == blocked && o.cause != causeCompensation {
 		return &BlockedError{Saga: d.name, ID: r.stream.ID, Reason: o.reason}
 	}

@@ -717,3 +717,47 @@ func handOverAtRandom(t *testing.T, seed uint64) {
 		require.NoError(t, errors.Join(b.stop()...))
 	}
 }
+
+// So it is when the pause comes in the middle of a run: the next step waits.
+func TestStandby_ConfirmsBeforeEachStep(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store, c := newServer(), clock.NewManual(t0)
+		defer store.Close()
+		count := &tally{}
+		var paused atomic.Bool
+		on := make(chan struct{})
+		store.update = func(ctx context.Context, fn func(projection.StateTx) error) error {
+			if paused.Load() {
+				<-on
+			}
+			return store.Store.Update(ctx, fn)
+		}
+		do := func(s *saga.Run, name string) error {
+			_, err := saga.Do(s, name, func(step saga.Step) (int, error) {
+				if name == "first" {
+					paused.Store(true)
+					time.Sleep(time.Minute)
+				}
+				return count.add(step), nil
+			})
+			return err
+		}
+		def := saga.Define("steps", func(s *saga.Run, _ string) (int, error) {
+			return 0, errors.Join(do(s, "first"), do(s, "second"))
+		})
+		b := startBench(t, store, c, saga.Options{Owner: "one"}, def)
+		require.NoError(t, saga.Start(t.Context(), b.engine, def, "r", ""))
+		time.Sleep(2 * time.Minute)
+		require.Equal(t, 1, count.total(), "a step ran although another owner may be at it")
+		release := take(t, store, "saga steps", "one")
+		close(on)
+		synctest.Wait()
+		require.Equal(t, 1, count.total())
+		release()
+		_, err := saga.Wait(t.Context(), b.engine, def, "r")
+		require.NoError(t, err)
+		require.Equal(t, 2, count.total())
+		require.NoError(t, errors.Join(b.stop()...))
+	})
+}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"slices"
 	"strconv"
 	"time"
 
@@ -28,6 +29,8 @@ type Step struct {
 	event   *eventstore.Recorded
 	sent    map[string]int
 	gate    chan struct{}
+	beat    *heart
+	engine  *Engine // of a reaction
 }
 
 // NewStep returns a step to call a function with in a unit test of its own;
@@ -87,7 +90,22 @@ func keyOf(owner, part string) string {
 type policy struct {
 	attempts    int // 0: without limit
 	within      time.Duration
+	total       time.Duration
+	silence     time.Duration
 	first, most time.Duration
+	final       []error
+	limits      []limit
+	// whole says that the step happens or does not, however often it is tried, and
+	// that it is done quickly: nothing but its engine's end cuts it off.
+	whole bool
+}
+
+// whole makes a step one that happens or does not.
+func whole(p *policy) { p.whole = true }
+
+// hopeless reports whether trying again cannot help, as [NotAfter] says.
+func (p *policy) hopeless(err error) bool {
+	return slices.ContainsFunc(p.final, func(target error) bool { return errors.Is(err, target) })
 }
 
 func defaultPolicy() policy { return policy{first: time.Second, most: 5 * time.Minute} }
@@ -100,6 +118,10 @@ type policyOption func(*policy)
 
 func (o policyOption) applyStep(p *policy)     { o(p) }
 func (o policyOption) applyReaction(r *policy) { o(r) }
+
+type stepOption func(*policy)
+
+func (o stepOption) applyStep(p *policy) { o(p) }
 
 // Retry limits the number of attempts, the first included. After the last one
 // the code gets the error; for a reaction, the event goes to the dead letters.
@@ -114,6 +136,25 @@ func Retry(attempts int) policyOption { //nolint:revive // usable as a step's an
 // ignores its context is not cut off.
 func Within(d time.Duration) policyOption { //nolint:revive // usable as a step's and as a reaction's option
 	return func(p *policy) { p.within = d }
+}
+
+// Overall limits the time of all attempts together, with the pauses between
+// them, counted from [Run.Now] as the step begins. When it is over, or the next
+// attempt would be too late, the code gets the last error.
+func Overall(d time.Duration) StepOption {
+	return stepOption(func(p *policy) { p.total = d })
+}
+
+// NotAfter ends the attempts when one fails with any of the errors, by
+// errors.Is, as if it were [Terminal].
+func NotAfter(errs ...error) policyOption { //nolint:revive // usable as a step's and as a reaction's option
+	return func(p *policy) { p.final = append(p.final, errs...) }
+}
+
+// Silence ends an attempt that has not called [Step.Heartbeat] for d, as
+// [Within] does one that takes too long.
+func Silence(d time.Duration) StepOption {
+	return stepOption(func(p *policy) { p.silence = d })
 }
 
 // Backoff sets the pause after the first failed attempt, and the longest one;
@@ -140,11 +181,19 @@ func (p *policy) pause(key string, attempt int) time.Duration {
 }
 
 // attempt runs fn once, and turns a panic into an error.
-func attempt(ctx context.Context, within time.Duration, step Step, fn func(Step) error) (err error) {
+func attempt(ctx context.Context, within, silence time.Duration, step Step, fn func(Step) error) (err error) {
 	if within > 0 {
 		limited, cancel := context.WithTimeoutCause(ctx, within, ErrTimeout)
 		defer cancel()
 		ctx = limited
+	}
+	if silence > 0 && step.beat != nil {
+		heard, cancel := context.WithCancelCause(ctx)
+		defer cancel(nil)
+		step.beat.alarm = time.AfterFunc(silence, func() { cancel(ErrTimeout) })
+		step.beat.silence = silence
+		defer step.beat.alarm.Stop()
+		ctx = heard
 	}
 	step.Context = ctx
 	step.sent = map[string]int{}
@@ -155,8 +204,8 @@ func attempt(ctx context.Context, within time.Duration, step Step, fn func(Step)
 		}
 	}()
 	err = fn(step)
-	if err != nil && within > 0 && context.Cause(ctx) == ErrTimeout { //nolint:errorlint // the cause is set here
-		err = fmt.Errorf("%w after %s: %w", ErrTimeout, within, err)
+	if err != nil && (within > 0 || silence > 0) && context.Cause(ctx) == ErrTimeout { //nolint:errorlint // the cause is set here
+		err = fmt.Errorf("%w after %s: %w", ErrTimeout, max(within, silence), err)
 	}
 	return err
 }

@@ -409,12 +409,14 @@ func TestMisuse_BlocksWithAMessage(t *testing.T) {
 		code   func(s *saga.Run) error
 		reason string
 	}{
+		//deed:deterministic the misuse is what is tested
 		"foreign goroutine": {func(s *saga.Run) error {
 			var group sync.WaitGroup
 			group.Go(func() { _, _ = saga.Do(s, "x", nothing) })
 			group.Wait()
 			return nil
 		}, `do "x" was called on another goroutine`},
+		//deed:deterministic the misuse is what is tested
 		"nested step": {func(s *saga.Run) error {
 			_, err := saga.Do(s, "outer", func(saga.Step) (int, error) { return saga.Do(s, "inner", nothing) })
 			return err
@@ -478,9 +480,11 @@ func TestStart_OncePerID(t *testing.T) {
 		}
 		return r.Stream.ID, e.SKU
 	}))
-	sagatest.For(t, def).
+	story := sagatest.For(t, def).
 		Start("o1", "first").
-		Start("o1", "second").
+		Start("o1", "first")
+	require.ErrorIs(t, saga.Start(t.Context(), story.Engine(), def, "o1", "second"), saga.ErrStarted)
+	story.
 		When("order", "o1", Placed{"third"}, Placed{"fourth"}).
 		Completed("o1", "first").
 		Restart().

@@ -3,6 +3,7 @@ package sagatest
 import (
 	"context"
 	"iter"
+	"strings"
 	"sync"
 	"time"
 
@@ -17,16 +18,17 @@ type Backend interface {
 }
 
 // mortal is the store as one life of an engine sees it. It dies at a given
-// append, before or after it is written; from then on everything fails, as for
-// a process that is no more.
+// write, before or after it is done; from then on everything fails, as for a
+// process that is no more. Writes are the appends, and the transactions of the
+// state in which a step does something.
 type mortal struct {
 	store Backend
 
-	mu      sync.Mutex
-	appends int
-	dieAt   int // 0: never
-	after   bool
-	dead    bool
+	mu     sync.Mutex
+	writes int
+	dieAt  int // 0: never
+	after  bool
+	dead   bool
 	// died is closed at death.
 	died chan struct{}
 }
@@ -54,30 +56,59 @@ func (m *mortal) isDead() bool { return m.alive() != nil }
 func (m *mortal) count() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return m.appends
+	return m.writes
+}
+
+// write counts a write that is about to be done, and reports whether it is the
+// last one. The error says that it is not to be done.
+func (m *mortal) write() (last bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dead {
+		return false, eventstore.ErrClosed
+	}
+	if m.writes++; m.writes != m.dieAt {
+		return false, nil
+	}
+	if !m.after {
+		m.die()
+		return false, eventstore.ErrClosed
+	}
+	return true, nil
+}
+
+// die is called with the lock.
+func (m *mortal) die() {
+	if !m.dead {
+		m.dead = true
+		close(m.died)
+	}
+}
+
+// written ends a write: whoever is dead does not learn what came of it.
+func (m *mortal) written(last bool, err error) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if last {
+		m.die()
+	}
+	if m.dead {
+		return eventstore.ErrClosed
+	}
+	return err
 }
 
 // Append implements eventstore.Store.
 func (m *mortal) Append(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.dead {
-		return eventstore.Receipt{}, eventstore.ErrClosed
-	}
-	m.appends++
-	dies := m.appends == m.dieAt
-	if dies {
-		m.dead = true
-		defer close(m.died)
-		if !m.after {
-			return eventstore.Receipt{}, eventstore.ErrClosed
-		}
+	last, err := m.write()
+	if err != nil {
+		return eventstore.Receipt{}, err
 	}
 	receipt, err := m.store.Append(ctx, c)
-	if dies {
-		return eventstore.Receipt{}, eventstore.ErrClosed
+	if err = m.written(last, err); err != nil {
+		return eventstore.Receipt{}, err
 	}
-	return receipt, err
+	return receipt, nil
 }
 
 // Lookup implements eventstore.Store.
@@ -140,7 +171,37 @@ func (m *mortal) Update(ctx context.Context, fn func(projection.StateTx) error) 
 	if err := m.alive(); err != nil {
 		return err
 	}
-	return m.store.Update(ctx, fn)
+	var counted, last bool
+	err := m.store.Update(ctx, func(tx projection.StateTx) error {
+		acting := &actingTx{StateTx: tx}
+		if err := fn(acting); err != nil {
+			return err
+		}
+		if !acting.acted || counted {
+			return m.alive()
+		}
+		counted = true
+		var err error
+		last, err = m.write()
+		return err
+	})
+	return m.written(last, err)
+}
+
+// actingTx notices that a step does something in the transaction.
+type actingTx struct {
+	projection.StateTx
+	acted bool
+}
+
+// Unwrap gives backends their transaction.
+func (t *actingTx) Unwrap() projection.Tx { return t.StateTx }
+
+// Put implements projection.StateTx. The engine enters the steps that are done in
+// a table of the saga's, before their transaction ends.
+func (t *actingTx) Put(table, key string, value []byte) error {
+	t.acted = t.acted || strings.HasPrefix(table, "saga.") && strings.HasSuffix(table, ".tx")
+	return t.StateTx.Put(table, key, value)
 }
 
 // View implements projection.State.

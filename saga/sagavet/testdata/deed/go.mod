@@ -1,0 +1,3 @@
+module github.com/deed-go/deed
+
+go 1.26
