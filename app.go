@@ -99,6 +99,9 @@ func New(ctx context.Context, source eventstore.Opener, parts ...Part) (*App, er
 	}
 	app.closer, _ = store.(io.Closer)
 	if err := app.wire(c); err != nil {
+		if app.projections != nil {
+			app.projections.Close()
+		}
 		return nil, errors.Join(err, app.close())
 	}
 	return app, nil
@@ -126,19 +129,34 @@ func (a *App) wire(c *configuration) error {
 	}
 	owner := uuid.NewString()
 	var mistakes []error
+	apart, err := leases(c, a.store, state)
+	if err != nil {
+		return err
+	}
+	group, err := members(c, a.store, state, apart, owner)
+	if err != nil {
+		return err
+	}
+	shared := group
+	if apart != nil {
+		shared = nil // every process has read models of its own
+	}
 	a.projections = projection.NewEngine(a.store, state, projection.Options{
-		Encoding: c.encoding, Clock: c.clock, Logger: c.logger, Owner: owner,
+		Encoding: c.encoding, Clock: c.clock, Logger: c.logger, Owner: owner, Group: shared,
 	})
 	for _, p := range c.projections {
 		mistakes = append(mistakes, a.projections.Add(p))
 	}
 	a.sagas = saga.NewEngine(a.store, state, a.commands, saga.Options{
-		Encoding: c.encoding, Clock: c.clock, Logger: c.logger, Owner: owner,
+		Encoding: c.encoding, Clock: c.clock, Logger: c.logger, Owner: owner, Group: group, Leases: apart,
 	})
 	for _, p := range c.processes {
 		mistakes = append(mistakes, a.sagas.Add(p))
 	}
 	a.workers = append(a.projections.Workers(), a.sagas.Workers()...)
+	if group != nil && len(a.workers) > 0 {
+		a.workers = append(a.workers, membership{group: group, logger: c.logger})
+	}
 	return errors.Join(mistakes...)
 }
 
@@ -172,6 +190,11 @@ func (a *App) launch() error {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	a.started, a.cancel = true, cancel
 	var group sync.WaitGroup
+	for _, w := range a.workers {
+		if o, ok := w.(worker.Offerer); ok {
+			o.Offer()
+		}
+	}
 	for _, w := range a.workers {
 		a.running[w.Name()] = true
 		group.Go(func() {
@@ -245,6 +268,7 @@ func (a *App) stop(ctx context.Context) error {
 		}
 		errs = append(errs, err)
 	}
+	a.projections.Close()
 	a.mu.Lock()
 	for name := range a.running {
 		unfinished = append(unfinished, name)
@@ -353,8 +377,9 @@ func (a *App) Now() time.Time { return a.clock.Now() }
 // that waits for a later time does not count, nor do sagas that are blocked and
 // events that were set aside: Sagas().List and Projections().Status show them.
 // Work that another process does is waited for too, by what that one stores of
-// its progress, about every second. It fails if a projection, saga or reaction has stopped for good. While others
-// keep appending, it keeps waiting.
+// its progress, about every second; with [Leases] it is not, since that is stored
+// where only the other one sees it. It fails if a projection, saga or reaction has
+// stopped for good. While others keep appending, it keeps waiting.
 func (a *App) Settle(ctx context.Context) error {
 	a.mu.Lock()
 	running := a.started && !a.stopping.Load()

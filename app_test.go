@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -392,4 +393,43 @@ func TestApp_TwoNodes(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, projection.PhaseStandby, status[0].Phase)
 	})
+}
+
+// Invariant 8: building another version of a view, and building one again, starts
+// no saga and calls no reaction; what happens afterwards does.
+func TestInvariant8_BuildingAVersionTriggersNothing(t *testing.T) {
+	t.Parallel()
+	store := sqlite.File(filepath.Join(t.TempDir(), "app.db"))
+	var calls atomic.Int64
+	welcome := saga.React("welcome", func(saga.Step, Lent) error { calls.Add(1); return nil })
+	parts := []deed.Part{loans, shelf, due(), welcome, deed.ManualClock(newYear)}
+	app, err := deed.Start(t.Context(), store, parts...)
+	require.NoError(t, err)
+	for i := range 20 {
+		_, err := deed.Execute(t.Context(), app, loans, Lend{fmt.Sprint("book", i), 7})
+		require.NoError(t, err)
+	}
+	require.NoError(t, app.Settle(t.Context()))
+	require.EqualValues(t, 20, calls.Load())
+	before, err := app.Store().Head(t.Context())
+	require.NoError(t, err)
+	next := shelf.Version(2)
+	require.NoError(t, app.Projections().Rebuild(t.Context(), "shelf"))
+	require.NoError(t, app.Settle(t.Context()))
+	require.EqualValues(t, 20, calls.Load())
+	require.NoError(t, app.Stop(t.Context()))
+
+	app = start(t, store, append(parts, next)...)
+	require.NoError(t, app.Settle(t.Context()))
+	require.NoError(t, app.Projections().WaitFor(t.Context(), "shelf/v2", before))
+	require.NoError(t, app.Projections().Rebuild(t.Context(), "shelf/v2"))
+	require.NoError(t, app.Settle(t.Context()))
+	after, err := app.Store().Head(t.Context())
+	require.NoError(t, err)
+	require.Equal(t, before, after, "no run was started, no step recorded")
+	require.EqualValues(t, 20, calls.Load())
+	_, err = deed.Execute(t.Context(), app, loans, Lend{"another", 7})
+	require.NoError(t, err)
+	require.NoError(t, app.Settle(t.Context()))
+	require.EqualValues(t, 21, calls.Load())
 }

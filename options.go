@@ -9,6 +9,7 @@ import (
 	"github.com/deed-go/deed/command"
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/internal/clock"
+	"github.com/deed-go/deed/internal/ownership"
 	"github.com/deed-go/deed/projection"
 	"github.com/deed-go/deed/saga"
 )
@@ -23,6 +24,8 @@ type configuration struct {
 	manual           *clock.Manual
 	encoding         *eventstore.Encoding
 	state            projection.State
+	members          func(eventstore.Store) (ownership.Directory, error)
+	leases           func(eventstore.Store) (ownership.Leases, error)
 	middleware       []command.Middleware
 	cachedAggregates int
 	logger           *slog.Logger
@@ -81,6 +84,50 @@ func Encoding(rules ...eventstore.EncodingOption) Part {
 func State(state projection.State) Part {
 	return option{apply: func(c *configuration) error {
 		c.state = state
+		return nil
+	}}
+}
+
+// Members names where the processes of the application find each other, to
+// divide projections, sagas and reactions among them: for example nats.Members,
+// which is given the application's store. Without it that is the state.
+//
+// It says who is to do a piece of work, and no more: the lease of the work stays
+// with the state (but see [Leases]), and its epoch is checked in the transaction that commits what
+// was done. Members that are wrong about each other cost time, and nothing else.
+// All processes on one state must be given the same.
+func Members(in func(eventstore.Store) (ownership.Directory, error)) Part {
+	return option{apply: func(c *configuration) error {
+		c.members = in
+		return nil
+	}}
+}
+
+// Leases names where it is decided which process runs a saga or reaction, for
+// processes that share the log and nothing else, each with a state of its own
+// ([State], an SQLite file for example): nats.Leases, which is given the
+// application's store. Without it every process with a state of its own runs all
+// of them: nothing is recorded twice, but steps run on each. A state that
+// processes share decides it itself, and is refused together with Leases.
+//
+// Projections are not divided: every process keeps its own read models. So are
+// the indexes of sagas and reactions, which whoever takes over brings up to date
+// from the log first: Sagas().List, Versions and DeadLetters show what is open where
+// the process asked runs them, and elsewhere what was when it last did; Look, Wait,
+// Start and signals go by the log, on every process.
+//
+// A lease lasts 10 s and is renewed every third of that. Nobody looks at it in the
+// transaction that commits, since that is the log's: what keeps a former owner from
+// doing harm is its own clock (it begins nothing new from 6 s after the last
+// renewal that it has heard of, at most 3 s more if it had just looked), and the history of the run, where its
+// records conflict with the heir's. What is done in a transaction of the state
+// (saga.Tx) is done in the one of the process that runs the step, and what a
+// heartbeat keeps stays there.
+//
+// The processes find each other there too, unless [Members] says otherwise.
+func Leases(in func(eventstore.Store) (ownership.Leases, error)) Part {
+	return option{apply: func(c *configuration) error {
+		c.leases = in
 		return nil
 	}}
 }
