@@ -57,6 +57,30 @@
 //
 //	deed projections verify balances --store $DB
 //
+// A new version of a projection is built beside the one that is read. They are
+// compared, one is read from now on, or again, and the other is removed:
+//
+//	deed projections compare balances --from 1 --to 2 --store $DB
+//	deed projections activate balances --version 1 --store $DB
+//	deed projections drop balances --version 2 --store $DB
+//
+// # Sagas
+//
+// Sagas sums up the sagas of a store, lists the runs of one, and shows a run step
+// by step:
+//
+//	deed sagas --store $DB
+//	deed sagas list checkout --status blocked --store $DB
+//	deed sagas show checkout o-17 --store $DB
+//
+// A run is told things by an event in its history, which whoever runs the saga
+// sees: a signal, a request to cancel it, the result of a step that somebody has
+// done by hand. Cancel, terminate, retry and resume are also for many runs:
+//
+//	deed sagas signal checkout o-17 approval --value '"ann"' --store $DB
+//	deed sagas skip checkout o-17 do:charge --result '{"ID":"c-1"}' --note "paid in cash" --store $DB
+//	deed sagas resume checkout --all --yes --store $DB
+//
 // # Schemas
 //
 // Migrate applies what is missing, or prints the statements for people who apply
@@ -74,7 +98,7 @@
 //	deed bench append     --store $DB --writers 64 --duration 10s
 //	deed bench append-dcb --store $DB --preload 1000000
 //	deed bench execute    --store $DB --aggregates 1
-//	deed bench project    --store $DB --kind sql
+//	deed bench project    --store $DB --kind sql --projections 10
 //	deed bench live       --store $DB --other-process
 //
 // Append, append-dcb, execute and saga write; load, replay and project read;

@@ -32,6 +32,7 @@ type benchCommand struct {
 	Project   workload.Project   `cmd:"" help:"A projection that catches up with the log, from its beginning."`
 	Live      workload.Live      `cmd:"" help:"How long a subscriber waits for an event."`
 	Saga      workload.Saga      `cmd:"" help:"Durable functions of three steps that do nothing."`
+	React     workload.React     `cmd:"" help:"Events that a reaction handles, doing nothing."`
 }
 
 // Help is shown by deed bench --help.

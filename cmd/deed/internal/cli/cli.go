@@ -45,6 +45,7 @@ type grammar struct {
 	Streams     streamsCommand     `cmd:"" help:"List streams, the one written last first."`
 	Events      eventsCommand      `cmd:"" help:"Read, filter and follow events."`
 	Projections projectionsCommand `cmd:"" help:"Show how far projections have come, and what they have set aside."`
+	Sagas       sagasCommand       `cmd:"" help:"List, show and steer the runs of sagas."`
 	Subscriber  subscriberCommand  `cmd:"" hidden:"" help:"The other process of bench live."`
 }
 

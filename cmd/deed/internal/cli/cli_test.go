@@ -162,8 +162,13 @@ func TestHelp(t *testing.T) {
 		{"projections", "dead-letter", "--help"},
 		{"projections", "replay", "--help"},
 		{"projections", "skip", "--help"},
+		{"projections", "pause", "--help"},
+		{"projections", "resume", "--help"},
 		{"projections", "rebuild", "--help"},
 		{"projections", "verify", "--help"},
+		{"projections", "compare", "--help"},
+		{"projections", "activate", "--help"},
+		{"projections", "drop", "--help"},
 	} {
 		o := command(t, args...)
 		require.Equal(t, exitOK, o.code, args)
@@ -521,14 +526,14 @@ func TestProjections(t *testing.T) {
 	})
 	require.Equal(t, map[string]any{
 		"store": dsn, "head": float64(head), "projections": []any{
-			map[string]any{"name": "copied", "position": 3.0, "lag": 2.0, "epoch": 1.0, "dead_letters": 2.0},
-			map[string]any{"name": "owners", "position": 3.0, "lag": 2.0, "epoch": 1.0, "dead_letters": 2.0},
+			map[string]any{"name": "copied", "version": 1.0, "active": true, "position": 3.0, "lag": 2.0, "epoch": 1.0, "dead_letters": 2.0},
+			map[string]any{"name": "owners", "version": 1.0, "active": true, "position": 3.0, "lag": 2.0, "epoch": 1.0, "dead_letters": 2.0},
 		},
 	}, object(t, ok(t, "projections", "--store", dsn, "--json")))
 	require.Equal(t, strings.TrimPrefix(`
-PROJECTION  POSITION  HEAD  LAG  DEAD LETTERS  EPOCH  OWNER  PROBLEM
-copied             3     5    2             2      1  -      -
-owners             3     5    2             2      1  -      -
+PROJECTION  ACTIVE  POSITION  HEAD  LAG  DEAD LETTERS  EPOCH  OWNER  PROBLEM
+copied      yes            3     5    2             2      1  -      -
+owners      yes            3     5    2             2      1  -      -
 `, "\n"), ok(t, "projections", "--store", dsn))
 
 	require.Equal(t, outcome{exitOK, "", "no projections\n"}, command(t, "projections", "--store", "memory:"))
@@ -599,17 +604,17 @@ func TestSight(t *testing.T) {
 	t.Parallel()
 	before := &sight{at: day, Projections: []projectionInfo{{Name: "a", Position: 100}, {Name: "b", Position: 900}, {Name: "c", Position: 5}}}
 	now := &sight{Head: 1000, at: day.Add(2 * time.Second), Projections: []projectionInfo{
-		{Name: "a", Position: 300, Lag: 700}, {Name: "b", Position: 10, Lag: 990}, {Name: "c", Position: 5, Lag: 995, Owner: "me"}, {Name: "d", Position: 7, Lag: 993},
+		{Name: "a", Active: true, Position: 300, Lag: 700}, {Name: "b", Position: 10, Lag: 990}, {Name: "c", Position: 5, Lag: 995, Owner: "me"}, {Name: "d", Position: 7, Lag: 993},
 	}}
 	now.since(before)
 	var text strings.Builder
 	require.NoError(t, now.table(true).print(&text))
 	require.Equal(t, strings.TrimPrefix(`
-PROJECTION  POSITION   HEAD  LAG  A SECOND  LEFT  DEAD LETTERS  EPOCH  OWNER  PROBLEM
-a                300  1,000  700       100    7s             0      0  -      -
-b                 10  1,000  990         0     -             0      0  -      -
-c                  5  1,000  995         0     -             0      0  me     -
-d                  7  1,000  993         0     -             0      0  -      -
+PROJECTION  ACTIVE  POSITION   HEAD  LAG  A SECOND  LEFT  DEAD LETTERS  EPOCH  OWNER  PROBLEM
+a           yes          300  1,000  700       100    7s             0      0  -      -
+b           -             10  1,000  990         0     -             0      0  -      -
+c           -              5  1,000  995         0     -             0      0  me     -
+d           -              7  1,000  993         0     -             0      0  -      -
 `, "\n"), text.String())
 }
 
@@ -647,6 +652,7 @@ var workloads = [][]string{
 	{"project", "--events", "1000"},
 	{"live", "--rate", "1000"},
 	{"saga"},
+	{"react"},
 }
 
 func TestBench(t *testing.T) {
@@ -853,4 +859,20 @@ func TestProgress(t *testing.T) {
 	require.Contains(t, out.String(), "measuring 5/s")
 	p.clear()
 	p.clear()
+
+	// A verification shows speed and time left since the look before.
+	out.Reset()
+	shown := verifyShown{progress: &progress{out: &out}}
+	at := time.Now()
+	step := func(p projection.VerifyProgress, after time.Duration) string {
+		out.Reset()
+		shown.drawn = time.Time{}
+		shown.report(p, at.Add(after))
+		return out.String()
+	}
+	require.Contains(t, step(projection.VerifyProgress{Part: 1, Parts: 1, Position: 1000, Through: 10000}, 0), "folding")
+	require.Contains(t, step(projection.VerifyProgress{Part: 1, Parts: 1, Position: 4000, Through: 10000}, 2*time.Second), "folding 1,500/s, 4s left")
+	require.Contains(t, step(projection.VerifyProgress{Part: 1, Parts: 1, Position: 10000, Through: 10000, Rows: 2048}, 3*time.Second), "comparing 2,048 rows")
+	require.NotContains(t, step(projection.VerifyProgress{Part: 2, Parts: 3, Position: 500, Through: 10000}, 4*time.Second), "left", "another part has just begun")
+	require.Contains(t, out.String(), "folding part 2 of 3")
 }

@@ -22,7 +22,7 @@ type deadLettersCommand struct {
 
 // Help is shown by deed projections dead-letters --help.
 func (c *deadLettersCommand) Help() string {
-	return `An event without an error only follows one of its stream that has failed: it must not overtake it.`
+	return `An event without an error only follows one that has failed, of its stream or of a row that both touch: it must not overtake it.`
 }
 
 // Run lists them.
@@ -125,8 +125,13 @@ func (c *deadLetterCommand) Run(ctx context.Context, e *Environment) (err error)
 		t.add("time", moment(event.Time))
 		t.add("data", readable(event.Data))
 		t.add("set aside", fmt.Sprintf("%s, after %d attempts", moment(d.At), d.Attempts))
+		held := "later events of its stream"
+		if len(d.Keys) > 0 {
+			held = fmt.Sprintf("later events of %q", d.Keys)
+		}
+		t.add("holds up", held)
 		if d.Error == "" {
-			t.add("error", "none: an earlier event of its stream has failed")
+			t.add("error", "none: an earlier event that it must not overtake has failed")
 		} else {
 			t.add("error", firstLine(d.Error))
 		}
@@ -148,6 +153,8 @@ type asking struct {
 	Wait  time.Duration `default:"30s" help:"How long to wait for a process that runs the projection."`
 	Later bool          `help:"Do not wait: leave the request to whoever runs the projection next. For a store that one process at a time can open."`
 	JSON  bool          `help:"Print JSON."`
+
+	patience *time.Timer // until it ends; who hears of the work begins it again
 }
 
 // askingHelp is what the commands have in common.
@@ -171,19 +178,17 @@ func (c *asking) run(ctx context.Context, e *Environment, ask func(ctx context.C
 		return err
 	}
 	defer release(&err)
-	by := "deed"
-	if u, err := user.Current(); err == nil {
-		by = u.Username
-	}
-	admin := projection.NewAdmin(state, by)
+	admin := projection.NewAdmin(state, whoAsks())
 	if c.Later {
 		admin = admin.WithoutWaiting()
 	}
-	waiting, cancel := context.WithTimeout(ctx, c.Wait)
-	defer cancel()
+	waiting, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	c.patience = time.AfterFunc(c.Wait, func() { cancel(context.DeadlineExceeded) })
+	defer c.patience.Stop()
 	done, text, err := ask(waiting, admin)
 	if err != nil {
-		if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		if errors.Is(context.Cause(waiting), context.DeadlineExceeded) && ctx.Err() == nil {
 			err = fmt.Errorf("%w (waited %s; see --wait and --later)", err, c.Wait)
 		}
 		return err
@@ -222,7 +227,7 @@ type skipLetter struct {
 
 // Help is shown by deed projections skip --help.
 func (c *skipLetter) Help() string {
-	return `The projection's rows stay as if the event had not happened, until it is rebuilt. Later events of its stream stay set aside: replay them afterwards. ` + askingHelp
+	return `The projection's rows stay as if the event had not happened, until it is rebuilt. Later events that followed it stay set aside: replay them afterwards. ` + askingHelp
 }
 
 // Run asks for it.
@@ -233,12 +238,20 @@ func (c *skipLetter) Run(ctx context.Context, e *Environment) error {
 	})
 }
 
+// whoAsks is the name of the user, for the records.
+func whoAsks() string {
+	if u, err := user.Current(); err == nil {
+		return u.Username
+	}
+	return "deed"
+}
+
 // verifyProjection is deed projections verify.
 type verifyProjection struct{ asking }
 
 // Help is shown by deed projections verify --help.
 func (c *verifyProjection) Help() string {
-	return `The log is folded again on the side, in memory, up to the projection's checkpoint; the projection goes on meanwhile. Told are events that were applied twice or never, and, for views, rows that are missing, too many or different. The exit code is 1 when something is wrong. A long log takes longer than the usual --wait. A program whose store one process at a time can open verifies itself, with Engine.Verify. ` + askingHelp
+	return `The log is folded again on the side, up to the projection's checkpoint; the projection goes on meanwhile. Rows that do not fit into the memory set aside for them go to a temporary file of the process that does the work. Told are events that were applied twice or never, and, for views, rows that are missing, too many or different. The exit code is 1 when something is wrong. It is waited for as long as the work goes on: --wait is how long nothing may be heard of it; when this command ends, the work does. A program whose store one process at a time can open verifies itself, with Engine.Verify. ` + askingHelp
 }
 
 // Validate refuses a question whose answer nobody waits for.
@@ -252,8 +265,13 @@ func (c *verifyProjection) Validate() error {
 // Run asks for it.
 func (c *verifyProjection) Run(ctx context.Context, e *Environment) error {
 	wrong := false
+	shown := verifyShown{progress: newProgress(e.Stderr)}
 	err := c.run(ctx, e, func(ctx context.Context, admin *projection.Admin) (map[string]any, string, error) {
-		v, err := admin.Verify(ctx, c.Name)
+		defer shown.clear()
+		v, err := admin.Verify(ctx, c.Name, projection.WithProgress(func(p projection.VerifyProgress) {
+			c.patience.Reset(c.Wait)
+			shown.report(p, time.Now())
+		}))
 		wrong = !v.Agrees()
 		return map[string]any{"agrees": !wrong, "verification": v}, v.String(), err
 	})
@@ -261,6 +279,36 @@ func (c *verifyProjection) Run(ctx context.Context, e *Environment) error {
 		err = errReported
 	}
 	return err
+}
+
+// verifyShown shows how far a verification has come.
+type verifyShown struct {
+	*progress
+	before projection.VerifyProgress
+	at     time.Time
+	remark string
+}
+
+// report shows the next step, with the speed since the one before and the time left.
+func (s *verifyShown) report(p projection.VerifyProgress, now time.Time) {
+	phase := "folding"
+	if p.Parts > 1 {
+		phase = fmt.Sprintf("folding part %d of %d", p.Part, p.Parts)
+	}
+	if p.Rows > 0 {
+		s.show(strings.Replace(phase, "folding", "comparing", 1), count(p.Rows)+" rows", int64(p.Position), int64(p.Through)+1)
+		return
+	}
+	if passed := now.Sub(s.at).Seconds(); passed >= drawEvery.Seconds() || p.Part != s.before.Part || p.Position < s.before.Position {
+		s.remark = ""
+		if moved := float64(p.Position) - float64(s.before.Position); p.Part == s.before.Part && moved > 0 {
+			speed := moved / passed
+			left := float64(p.Through-min(p.Through, p.Position)) / speed
+			s.remark = fmt.Sprintf("%s/s, %s left", rate(speed), time.Duration(left*float64(time.Second)).Round(time.Second))
+		}
+		s.before, s.at = p, now
+	}
+	s.show(phase, s.remark, int64(p.Position), int64(p.Through)+1)
 }
 
 // rebuildProjection is deed projections rebuild.
@@ -275,5 +323,35 @@ func (c *rebuildProjection) Help() string {
 func (c *rebuildProjection) Run(ctx context.Context, e *Environment) error {
 	return c.run(ctx, e, func(ctx context.Context, admin *projection.Admin) (map[string]any, string, error) {
 		return map[string]any{"emptied": true}, "the projection was emptied and is being built", admin.Rebuild(ctx, c.Name)
+	})
+}
+
+// pauseProjection is deed projections pause.
+type pauseProjection struct{ asking }
+
+// Help is shown by deed projections pause --help.
+func (c *pauseProjection) Help() string {
+	return `Nothing is folded until it is resumed, also after a restart and by other processes. Queries see the rows as they are. ` + askingHelp
+}
+
+// Run asks for it.
+func (c *pauseProjection) Run(ctx context.Context, e *Environment) error {
+	return c.run(ctx, e, func(ctx context.Context, admin *projection.Admin) (map[string]any, string, error) {
+		return map[string]any{"paused": true}, "the projection stands still until it is resumed", admin.Pause(ctx, c.Name)
+	})
+}
+
+// resumeProjection is deed projections resume.
+type resumeProjection struct{ asking }
+
+// Help is shown by deed projections resume --help.
+func (c *resumeProjection) Help() string {
+	return `It goes on from where it stands. ` + askingHelp
+}
+
+// Run asks for it.
+func (c *resumeProjection) Run(ctx context.Context, e *Environment) error {
+	return c.run(ctx, e, func(ctx context.Context, admin *projection.Admin) (map[string]any, string, error) {
+		return map[string]any{"paused": false}, "the projection goes on", admin.Resume(ctx, c.Name)
 	})
 }

@@ -22,7 +22,12 @@ type projectionsCommand struct {
 	Replay      replayLetters      `cmd:"" help:"Have a projection fold the events again that it has set aside."`
 	Skip        skipLetter         `cmd:"" help:"Have a projection give up one of them."`
 	Verify      verifyProjection   `cmd:"" help:"Have a projection compared with what the log makes of it today."`
+	Pause       pauseProjection    `cmd:"" help:"Have a projection stand still until it is resumed."`
+	Resume      resumeProjection   `cmd:"" help:"Have a paused projection go on."`
 	Rebuild     rebuildProjection  `cmd:"" help:"Have a projection emptied and folded again from the beginning."`
+	Compare     compareVersions    `cmd:"" help:"Show how the rows of two versions of a projection differ."`
+	Activate    activateVersion    `cmd:"" help:"Have another version of a projection read."`
+	Drop        dropVersion        `cmd:"" help:"Remove a version of a projection that is not read."`
 }
 
 // keeper is where the projections are kept: the store, or another one.
@@ -86,12 +91,15 @@ func (c *projectionsList) Validate() error {
 
 // Help is shown by deed projections --help.
 func (c *projectionsList) Help() string {
-	return `Shown is what is stored: a checkpoint that moved without an event for the projection is written some time later, so that a projection may be a little further than its position says. The lag is the number of positions up to the head of the log. An owner is shown while it has the projection; on a store for one process at a time, that is nobody but this command.`
+	return `Shown is what is stored: a checkpoint that moved without an event for the projection is written some time later, so that a projection may be a little further than its position says. The lag is the number of positions up to the head of the log. A version of a projection has its number behind the name, as in report/v2; the active one is read. An owner is shown while it has the projection; on a store for one process at a time, that is nobody but this command.`
 }
 
 // projectionInfo is what is told about one.
 type projectionInfo struct {
-	Name     string              `json:"name"`
+	Name string `json:"name"`
+	// Version is the projection's, and Active says that it is the one that is read.
+	Version  int                 `json:"version"`
+	Active   bool                `json:"active"`
 	Position eventstore.Position `json:"position"`
 	Lag      uint64              `json:"lag"`
 	// PerSecond is how many positions it has moved a second since the look before,
@@ -103,6 +111,8 @@ type projectionInfo struct {
 	Until       time.Time `json:"until,omitzero"`
 	Epoch       uint64    `json:"epoch"`
 	DeadLetters int       `json:"dead_letters"`
+	// Paused: it stands still until it is resumed.
+	Paused bool `json:"paused,omitempty"`
 	// Problem is why it cannot go on.
 	Problem string `json:"problem,omitempty"`
 }
@@ -208,13 +218,17 @@ func (s *sight) since(before *sight) {
 }
 
 func (s *sight) table(speed bool) *textTable {
-	columns := []column{{title: "PROJECTION"}, {"POSITION", true}, {"HEAD", true}, {"LAG", true}}
+	columns := []column{{title: "PROJECTION"}, {title: "ACTIVE"}, {"POSITION", true}, {"HEAD", true}, {"LAG", true}}
 	if speed {
 		columns = append(columns, column{"A SECOND", true}, column{"LEFT", true})
 	}
 	t := newTable(append(columns, column{"DEAD LETTERS", true}, column{"EPOCH", true}, column{title: "OWNER"}, column{title: "PROBLEM"})...)
 	for _, p := range s.Projections {
-		cells := []string{p.Name, count(p.Position), count(s.Head), count(p.Lag)}
+		active := "-"
+		if p.Active {
+			active = "yes"
+		}
+		cells := []string{p.Name, active, count(p.Position), count(s.Head), count(p.Lag)}
 		if speed {
 			left := "-"
 			if p.SecondsLeft > 0 {
@@ -222,13 +236,21 @@ func (s *sight) table(speed bool) *textTable {
 			}
 			cells = append(cells, rate(p.PerSecond), left)
 		}
-		t.add(append(cells, count(p.DeadLetters), count(p.Epoch), cmp.Or(p.Owner, "-"), cmp.Or(p.Problem, "-"))...)
+		t.add(append(cells, count(p.DeadLetters), count(p.Epoch), cmp.Or(p.Owner, "-"), cmp.Or(p.Problem, p.standing(), "-"))...)
 	}
 	return t
 }
 
+// standing says that the projection was told to stand still.
+func (p *projectionInfo) standing() string {
+	if p.Paused {
+		return "paused"
+	}
+	return ""
+}
+
 func inform(k projection.Stored, log string, head eventstore.Position) projectionInfo {
-	p := projectionInfo{Name: k.Name, Position: k.Checkpoint.Position, Epoch: k.Lease.Epoch, DeadLetters: k.DeadLetters}
+	p := projectionInfo{Name: k.Name, Version: k.Version, Active: k.Active, Position: k.Checkpoint.Position, Epoch: k.Lease.Epoch, DeadLetters: k.DeadLetters, Paused: k.Paused}
 	if k.Held {
 		p.Owner, p.Until = k.Lease.Owner, k.Lease.Until
 	}

@@ -12,16 +12,23 @@ import (
 	"github.com/deed-go/deed/query"
 )
 
-// Project is a projection that catches up with the log.
+// Project is a projection that catches up with the log, or several at once.
 type Project struct {
 	Timing
-	Kind   string `default:"view" enum:"view,sql" help:"view: rows kept by deed, one a stream. sql: the same in a table of its own, written by SQL in the projection's transaction."`
-	Events int    `default:"100000" help:"Events that must be stored; missing ones are written first."`
+	Kind        string `default:"view" enum:"view,sql" help:"view: rows kept by deed, one a stream. sql: the same in a table of its own, written by SQL in the projection's transaction."`
+	Events      int    `default:"100000" help:"Events that must be stored; missing ones are written first."`
+	Projections int    `default:"1" help:"How many of them catch up at the same time, each with rows of its own."`
+	Workers     int    `default:"1" help:"In how many partitions each of them is run, at the same time."`
+
+	Handler time.Duration `default:"0s" help:"How long handling an event waits for something else, as a call of another service would; a view's handler only."`
 }
 
 // Validate implements Workload.
 func (w *Project) Validate() error {
-	err := errors.Join(w.Timing.validate(), between("events", w.Events, 1, 1_000_000_000))
+	err := errors.Join(w.Timing.validate(), between("events", w.Events, 1, 1_000_000_000), between("projections", w.number(), 1, 1000), between("workers", w.workers(), 1, 128))
+	if w.Handler < 0 || w.Handler > 0 && w.Kind == "sql" {
+		err = errors.Join(err, fmt.Errorf("--handler %s: use a duration of 0 or more, with --kind view", w.Handler))
+	}
 	if w.Kind != "view" && w.Kind != "sql" {
 		err = errors.Join(err, fmt.Errorf("--kind %q: use view or sql", w.Kind))
 	}
@@ -30,8 +37,14 @@ func (w *Project) Validate() error {
 
 func (w *Project) name() string { return "project" }
 
+// number returns how many projections there are; 0 is the default.
+func (w *Project) number() int { return defaultTo(w.Projections, 1) }
+
+// workers returns how many partitions there are; 0 is the default.
+func (w *Project) workers() int { return defaultTo(w.Workers, 1) }
+
 func (w *Project) parameters() map[string]any {
-	return w.with(map[string]any{"kind": w.Kind, "events": w.Events})
+	return w.with(map[string]any{"kind": w.Kind, "events": w.Events, "projections": w.number(), "workers": w.workers(), "handler": w.Handler.String()})
 }
 
 // readModel is one of the kinds, under a name that nobody else uses.
@@ -43,11 +56,26 @@ type readModel interface {
 	remove(ctx context.Context, state projection.State) error
 }
 
-func (w *Project) readModel(name string) readModel {
-	if w.Kind == "sql" {
-		return newSQLModel(name)
+// readModels returns the projections of a pass.
+func (w *Project) readModels(name string) []readModel {
+	all := make([]readModel, w.number())
+	for i := range all {
+		own := fmt.Sprintf("%s_%d", name, i+1)
+		if w.Kind == "sql" {
+			all[i] = newSQLModel(own, w.workers())
+		} else {
+			all[i] = newViewModel(own, w.workers(), w.Handler)
+		}
 	}
-	return newViewModel(name)
+	return all
+}
+
+func parts(models []readModel) []deed.Part {
+	all := make([]deed.Part, len(models))
+	for i, m := range models {
+		all[i] = m.projection()
+	}
+	return all
 }
 
 // tally is a row: what is known of one stream.
@@ -60,11 +88,14 @@ type viewModel struct {
 	*projection.ViewDefinition[tally]
 }
 
-func newViewModel(name string) readModel {
+func newViewModel(name string, workers int, handler time.Duration) readModel {
 	return viewModel{projection.View(name, projection.On(func(t *tally, e noted) {
+		if handler > 0 {
+			time.Sleep(handler)
+		}
 		t.Events++
 		t.Cents += e.Cents
-	}))}
+	})).Partitioned(workers)}
 }
 
 func (v viewModel) projection() projection.Projection { return v.ViewDefinition }
@@ -86,7 +117,7 @@ type sqlModel struct {
 	table, setup string
 }
 
-func newSQLModel(name string) readModel {
+func newSQLModel(name string, workers int) readModel {
 	setup := "CREATE TABLE IF NOT EXISTS " + name + " (stream TEXT PRIMARY KEY, events BIGINT NOT NULL, cents BIGINT NOT NULL)"
 	return sqlModel{table: name, setup: setup, SQLDefinition: projection.SQL(name,
 		projection.Setup(setup),
@@ -96,7 +127,7 @@ func newSQLModel(name string) readModel {
 				" ON CONFLICT (stream) DO UPDATE SET events = t.events + 1, cents = t.cents + excluded.cents", r.Stream.String(), e.Cents)
 			return err
 		}),
-	)}
+	).Partitioned(workers)}
 }
 
 func (s sqlModel) projection() projection.Projection { return s.SQLDefinition }
@@ -179,36 +210,42 @@ func (w *Project) run(ctx context.Context, b *bench) (*measured, error) {
 	}
 	m.interrupted = ctx.Err() != nil
 	m.details["unit"], m.details["latency_of"] = "events", "a pass over the whole log"
+	if w.number() > 1 {
+		m.details["latency_of"] = fmt.Sprintf("a pass of %d projections over the whole log", w.number())
+	}
+	if m.seconds > 0 {
+		m.details["per_second_of_one_projection"] = float64(m.operations) / float64(w.number()) / m.seconds
+	}
 	m.details["complete_passes"], m.details["log"] = complete, head
 	m.details["events_folded"] = m.total
 	return m, nil
 }
 
-// pass is one time that a projection caught up, or was stopped doing so.
+// pass is one time that the projections caught up, or were stopped doing so.
 type pass struct {
-	events   int64 // in its rows
+	events   int64 // in the rows of all of them
 	took     time.Duration
 	complete bool
 	problem  error
 }
 
-// catchUp runs a new projection until it has caught up, or its time is up, and
-// removes it.
+// catchUp runs new projections until all have caught up, or their time is up,
+// and removes them.
 func (w *Project) catchUp(ctx context.Context, b *bench, name string, head eventstore.Position, end time.Time, tell func(time.Time, int64, time.Duration)) (p pass, err error) {
-	model := w.readModel(name)
+	models := w.readModels(name)
 	finishing := context.WithoutCancel(ctx)
-	app, err := b.prepare(finishing, model.projection())
+	app, err := b.prepare(finishing, parts(models)...)
 	if err != nil {
 		return p, err
 	}
-	defer func() { err = errors.Join(err, w.remove(finishing, b, model)) }()
+	defer func() { err = errors.Join(err, w.remove(finishing, b, models)) }()
 	running, stop := context.WithCancel(finishing)
 	defer stop()
 	stopped := make(chan error, 1)
 	began := time.Now()
 	go func() { stopped <- app.Run(running, patience) }()
 
-	p.problem = watch(ctx, app, name, head, end, tell)
+	p.problem = watch(ctx, app, models, head, end, tell)
 	if p.complete = p.problem == nil; p.complete {
 		p.took = time.Since(began)
 	}
@@ -226,26 +263,58 @@ func (w *Project) catchUp(ctx context.Context, b *bench, name string, head event
 	if errors.Is(p.problem, errors.ErrUnsupported) {
 		return p, p.problem
 	}
-	looking, err := b.prepare(finishing, model.projection())
+	looking, err := b.prepare(finishing, parts(models)...)
 	if err != nil {
 		return p, err
 	}
-	if p.events, err = model.events(finishing, looking); err == nil && p.problem == nil {
-		var letters []projection.DeadLetter
-		if letters, err = looking.Projections().DeadLetters(finishing, name); len(letters) > 0 {
-			p.problem = fmt.Errorf("%d events were set aside, the first because: %s", len(letters), letters[0].Error)
-		}
-	}
+	err = w.count(finishing, looking, models, &p)
 	return p, errors.Join(err, b.stop(finishing, looking))
 }
 
-// watch waits until the projection has come to the head; its error is a
+// count looks at what was made: projections that have caught up with one log
+// must have made their rows from the same events.
+func (w *Project) count(ctx context.Context, app *deed.App, models []readModel, p *pass) error {
+	first := int64(0)
+	for i, model := range models {
+		events, err := model.events(ctx, app)
+		if err != nil {
+			return err
+		}
+		if p.events += events; i == 0 {
+			first = events
+		}
+		if p.problem != nil {
+			continue
+		}
+		name := model.projection().Name()
+		letters, err := app.Projections().DeadLetters(ctx, name)
+		switch {
+		case err != nil:
+			return err
+		case len(letters) > 0:
+			p.problem = fmt.Errorf("%d events were set aside, the first because: %s", len(letters), letters[0].Error)
+		case p.complete && events != first:
+			p.problem = fmt.Errorf("projection %q was made from %d events, %q from %d", name, events, models[0].projection().Name(), first)
+		}
+	}
+	return nil
+}
+
+// watch waits until the projections have come to the head; its error is a
 // context's when that did not happen in time.
-func watch(ctx context.Context, app *deed.App, name string, head eventstore.Position, end time.Time, tell func(time.Time, int64, time.Duration)) error {
+func watch(ctx context.Context, app *deed.App, models []readModel, head eventstore.Position, end time.Time, tell func(time.Time, int64, time.Duration)) error {
 	ctx, cancel := context.WithDeadline(ctx, end)
 	defer cancel()
 	caughtUp := make(chan error, 1)
-	go func() { caughtUp <- app.Projections().WaitFor(ctx, name, head) }()
+	go func() {
+		for _, model := range models {
+			if err := app.Projections().WaitFor(ctx, model.projection().Name(), head); err != nil {
+				caughtUp <- err
+				return
+			}
+		}
+		caughtUp <- nil
+	}()
 	tick := time.NewTicker(reportEvery)
 	defer tick.Stop()
 	began := time.Now()
@@ -254,25 +323,44 @@ func watch(ctx context.Context, app *deed.App, name string, head eventstore.Posi
 		case err := <-caughtUp:
 			return err
 		case now := <-tick.C:
-			if reached, err := app.Projections().Reached(name); err == nil {
-				tell(now, int64(reached), now.Sub(began))
+			sum := int64(0)
+			for _, model := range models {
+				if reached, err := app.Projections().Reached(model.projection().Name()); err == nil {
+					sum += int64(reached)
+				}
 			}
+			tell(now, sum, now.Sub(began))
 		}
 	}
 }
 
-// remove empties the projection and forgets it.
-func (w *Project) remove(ctx context.Context, b *bench, model readModel) error {
-	app, err := b.prepare(ctx, model.projection())
+// remove empties the projections and forgets them.
+func (w *Project) remove(ctx context.Context, b *bench, models []readModel) error {
+	app, err := b.prepare(ctx, parts(models)...)
 	if err != nil {
 		return err
 	}
-	err = app.Projections().Rebuild(ctx, model.projection().Name())
-	if err == nil {
-		err = model.remove(ctx, app.Projections().State())
-	}
-	if errors.Is(err, errors.ErrUnsupported) {
-		err = nil // then nothing was made
+	for _, model := range models {
+		failed := app.Projections().Rebuild(ctx, model.projection().Name())
+		if failed == nil {
+			failed = model.remove(ctx, app.Projections().State())
+		}
+		if failed == nil {
+			failed = forget(ctx, app.Projections().State(), model.projection().Name())
+		}
+		if !errors.Is(failed, errors.ErrUnsupported) { // then nothing was made
+			err = errors.Join(err, failed)
+		}
 	}
 	return errors.Join(err, b.stop(ctx, app))
+}
+
+// forget removes what is kept of a projection for as long as it may come back.
+func forget(ctx context.Context, state projection.State, name string) error {
+	return state.Update(ctx, func(tx projection.StateTx) error {
+		return errors.Join(
+			tx.Delete("projection.partitions", name),
+			tx.Delete("projection.versions", name), tx.Delete("projection.versions", name+"#"), tx.Delete("projection.versions", name+"/v1"),
+		)
+	})
 }

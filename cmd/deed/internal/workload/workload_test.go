@@ -264,6 +264,16 @@ func TestSaga(t *testing.T) {
 	})
 }
 
+func TestReact(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, store eventstore.Store) {
+		r := mustRun(t, &React{Timing: busy, Writers: 4}, store)
+		category := "reaction." + r.Details["reaction"].(string)
+		require.Positive(t, r.Operations)
+		require.EqualValues(t, stored(t, store, eventstore.OneCategory(category)), r.Details["handled"])
+	})
+}
+
 func TestProject(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, store eventstore.Store) {
@@ -287,6 +297,15 @@ func TestProject(t *testing.T) {
 			events := stored(t, store, eventstore.OfTypes(notedType))
 			require.GreaterOrEqual(t, events, int64(1000))
 			require.Equal(t, events, p.events, "its rows were made from every event")
+
+			// And one of several projections.
+			w.Projections = 3
+			b = &bench{store: store, id: newID(), timing: busy}
+			p, err = w.catchUp(t.Context(), b, "bench_"+b.id, head, time.Now().Add(time.Hour), func(time.Time, int64, time.Duration) {})
+			require.NoError(t, err)
+			require.NoError(t, p.problem)
+			require.True(t, p.complete)
+			require.Equal(t, 3*events, p.events, "each has rows made from every event")
 		}
 		state, ok := eventstore.Find[projection.State](store)
 		require.True(t, ok)
@@ -304,7 +323,7 @@ func TestProject_LeavesNothing(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "bench.db")
 	for _, kind := range []string{"view", "sql"} {
-		w := &Project{Timing: brief, Kind: kind, Events: 500}
+		w := &Project{Timing: brief, Kind: kind, Events: 500, Projections: 2}
 		_, err := Run(t.Context(), w, Target{Opener: sqlite.File(path)})
 		require.NoError(t, err)
 	}
@@ -664,6 +683,7 @@ func TestValidate(t *testing.T) {
 		"--events 0":              &Load{Timing: good, Writers: 1},
 		"--aggregates 0":          &Execute{Timing: good, Writers: 1},
 		`--kind "x"`:              &Project{Timing: good, Events: 1, Kind: "x"},
+		"--projections -1":        &Project{Timing: good, Events: 1, Kind: "view", Projections: -1},
 		"--rate 0":                &Live{Timing: good, Writers: 1},
 		"choose one":              &Live{Timing: good, Writers: 1, Rate: 1, Listen: true, OtherProcess: true},
 	} {
