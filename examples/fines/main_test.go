@@ -171,7 +171,7 @@ func TestChart(t *testing.T) {
 	withApp(t, filepath.Join(t.TempDir(), "fines.db"), func(app *deed.App) {
 		end, err := replay(t.Context(), app, "log", strings.NewReader(log), func(Progress) {})
 		require.NoError(t, err)
-		all, err := points(t.Context(), app, end)
+		all, err := points(t.Context(), app, months, end)
 		require.NoError(t, err)
 		month := func(m time.Month, issued, paid, outstanding Cents) Point {
 			return Point{time.Date(2000, m, 1, 0, 0, 0, 0, time.UTC), issued, paid, outstanding}
@@ -180,7 +180,7 @@ func TestChart(t *testing.T) {
 			month(1, 1000, 0, 1000), month(2, 0, 0, 1500), month(3, 0, 0, 1500), month(4, 0, 0, 1500),
 			month(5, 1000, 2500, 3500), month(6, 0, 0, 3500), month(7, 0, 100, 3500),
 		}, all)
-		r, err := report(t.Context(), app, end)
+		r, err := report(t.Context(), app, months, end)
 		require.NoError(t, err)
 		require.Equal(t, all[len(all)-1].Outstanding, r.OutstandingCents)
 	})
@@ -230,7 +230,7 @@ func TestInterrupted(t *testing.T) {
 			}
 			require.NoError(t, err)
 			require.Equal(t, 870, dates, "each date is finished once")
-			got, err := report(t.Context(), app, end)
+			got, err := report(t.Context(), app, months, end)
 			require.NoError(t, err)
 			var text bytes.Buffer
 			require.NoError(t, got.WriteJSON(&text))

@@ -82,7 +82,7 @@ func TestPoison(t *testing.T) {
 	require.ErrorContains(t, sound(t.Context(), app), "set")
 	head, err := store.Head(t.Context())
 	require.NoError(t, err)
-	r, err := report(t.Context(), app, head)
+	r, err := report(t.Context(), app, months, head)
 	require.NoError(t, err)
 	var text strings.Builder
 	require.NoError(t, r.WriteJSON(&text))
@@ -96,7 +96,7 @@ func TestPoison(t *testing.T) {
 		require.NoError(t, err)
 		require.Equal(t, len(letters), n)
 	}
-	r, err = report(t.Context(), app, head)
+	r, err = report(t.Context(), app, months, head)
 	require.NoError(t, err)
 	text.Reset()
 	require.NoError(t, r.WriteJSON(&text))

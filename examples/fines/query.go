@@ -7,12 +7,13 @@ import (
 	"time"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/projection"
 	"github.com/deed-go/deed/query"
 )
 
 // report reads the read models, as they are once they have seen everything up
-// to the position.
-func report(ctx context.Context, host query.Host, at eventstore.Position) (Report, error) {
+// to the position; the figures of the months from that view.
+func report(ctx context.Context, host query.Host, by *projection.ViewDefinition[MonthRow], at eventstore.Position) (Report, error) {
 	r := Report{Events: map[string]int{}, Rejected: map[string]int{}, Months: map[string]Month{}}
 	seen := query.AtLeast(at)
 
@@ -33,7 +34,7 @@ func report(ctx context.Context, host query.Host, at eventstore.Position) (Repor
 	r.PenaltiesDue = r.Events[penaltyDue]
 	r.Rows = r.EventsTotal - r.PenaltiesDue + r.RejectedTotal
 
-	for entry, err := range query.All(ctx, host, months, seen) {
+	for entry, err := range query.All(ctx, host, by, seen) {
 		if err != nil {
 			return r, err
 		}
@@ -65,10 +66,10 @@ func report(ctx context.Context, host query.Host, at eventstore.Position) (Repor
 }
 
 // points reads the chart's months, those without rows too.
-func points(ctx context.Context, host query.Host, at eventstore.Position) ([]Point, error) {
+func points(ctx context.Context, host query.Host, by *projection.ViewDefinition[MonthRow], at eventstore.Position) ([]Point, error) {
 	var all []Point
 	var owed Cents
-	for entry, err := range query.All(ctx, host, months, query.AtLeast(at)) {
+	for entry, err := range query.All(ctx, host, by, query.AtLeast(at)) {
 		if err != nil {
 			return nil, err
 		}
@@ -86,8 +87,8 @@ func points(ctx context.Context, host query.Host, at eventstore.Position) ([]Poi
 }
 
 // draw writes the chart to a file.
-func draw(ctx context.Context, host query.Host, at eventstore.Position, name string) error {
-	all, err := points(ctx, host, at)
+func draw(ctx context.Context, host query.Host, by *projection.ViewDefinition[MonthRow], at eventstore.Position, name string) error {
+	all, err := points(ctx, host, by, at)
 	if err != nil {
 		return err
 	}

@@ -34,6 +34,7 @@ import (
 	"github.com/deed-go/deed"
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/examples/internal/engine"
+	"github.com/deed-go/deed/examples/internal/mailbox"
 )
 
 func main() {
@@ -70,13 +71,13 @@ func program(ctx context.Context, args []string, stdout, stderr io.Writer) (err 
 	}
 
 	stdout = &lines{to: stdout}
-	sink, err := startSink(filepath.Join(*dir, "mailbox"), stdout)
+	inbox, err := mailbox.Start(filepath.Join(*dir, "mailbox"), stdout)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, sink.Close()) }()
+	defer func() { err = errors.Join(err, inbox.Close()) }()
 
-	mailer := Mailer{Port: sink.Port}
+	mailer := Mailer{Port: inbox.Port}
 	switch *crash {
 	case "before":
 		mailer.Before = dieHard

@@ -13,13 +13,13 @@ import (
 	"testing"
 	"time"
 
-	"github.com/emersion/go-smtp"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
 	"github.com/deed-go/deed"
 	"github.com/deed-go/deed/eventstore/memory"
 	"github.com/deed-go/deed/eventstore/sqlite"
+	"github.com/deed-go/deed/examples/internal/mailbox"
 	"github.com/deed-go/deed/internal/esdbserver"
 )
 
@@ -203,8 +203,8 @@ func TestServerDown(t *testing.T) {
 		t.Skipf("another process has taken the port meanwhile: %v", err)
 	}
 	var out bytes.Buffer
-	sink := serve(listener, dir, &out)
-	defer func() { require.NoError(t, sink.Close()) }()
+	inbox := mailbox.Serve(listener, dir, &out)
+	defer func() { require.NoError(t, inbox.Close()) }()
 	require.NoError(t, app.AdvanceTo(t.Context(), began.Add(time.Hour)))
 	require.Equal(t, 2, attempts)
 	names, err := filepath.Glob(filepath.Join(dir, "*.eml"))
@@ -218,22 +218,4 @@ func TestBadFlags(t *testing.T) {
 	require.ErrorContains(t, program(t.Context(), []string{"-crash", "never"}, &out, &out), `-crash "never": say before or after`)
 	require.NoError(t, program(t.Context(), []string{"-help"}, &out, &out))
 	require.Contains(t, out.String(), "-crash WHEN")
-}
-
-// TestSink_KeepsNothingItCannotRead: what is no mail is refused by SMTP.
-func TestSink_KeepsNothingItCannotRead(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	var out bytes.Buffer
-	sink, err := startSink(dir, &out)
-	require.NoError(t, err)
-	defer func() { require.NoError(t, sink.Close()) }()
-	client, err := smtp.Dial(fmt.Sprintf("127.0.0.1:%d", sink.Port))
-	require.NoError(t, err)
-	defer client.Close()
-	err = client.SendMail("a@example.com", []string{"b@example.com"}, bytes.NewReader([]byte("no header")))
-	require.Error(t, err)
-	names, err := filepath.Glob(filepath.Join(dir, "*"))
-	require.NoError(t, err)
-	require.Empty(t, names)
 }
