@@ -43,6 +43,7 @@ type row struct {
 // stream: conflicts are not what is measured.
 var (
 	append64   = &spec{name: "deed append, 64 writers", workload: "append", store: "postgres", args: writers(64)}
+	append1000 = &spec{name: "deed append, 64 writers, 1,000 streams", workload: "append", store: "postgres", args: append(writers(64), "--streams", "1000")}
 	append1024 = &spec{name: "deed append, 1024 writers", workload: "append", store: "postgres", args: writers(1024)}
 	append1    = &spec{name: "deed append, 1 writer", workload: "append", store: "postgres", args: writers(1)}
 	append3x21 = &spec{name: "deed append, 3 processes of 21 writers", workload: "append", store: "postgres", processes: 3, args: writers(21)}
@@ -81,6 +82,9 @@ var (
 	goWorkflows = &spec{name: "go-workflows on SQLite, 64 at once", bench: "go-workflows-sqlite", store: "sqlite", args: writers(64)}
 	saga        = &spec{name: "deed saga, 64 at once", workload: "saga", store: "postgres", args: writers(64)}
 	dbos64      = &spec{name: "DBOS, 64 at once", bench: "dbos-postgres", store: "postgres", args: writers(64)}
+	saga1       = &spec{name: "deed saga, one after another", workload: "saga", store: "postgres", args: writers(1)}
+	dbos1       = &spec{name: "DBOS, one after another", bench: "dbos-postgres", store: "postgres", args: writers(1)}
+	react64     = &spec{name: "deed react, 64 writers", workload: "react", store: "postgres", args: writers(64)}
 	river64     = &spec{name: "River, 64 inserting", bench: "river-postgres", store: "postgres", args: writers(64)}
 
 	nats64        = &spec{name: "deed append on NATS, 64 writers", workload: "append", store: "nats", args: writers(64)}
@@ -117,7 +121,8 @@ var rows = []row{
 	{id: "8a", title: "load of 100 events, 1 reader, against SELECT", deed: load1, base: plainLoad1, floor: 0.9, goal: 1},
 	{id: "8b", title: "load of 100 events, 16 readers, against SELECT", deed: load16, base: plainLoad2, floor: 0.9, goal: 1},
 	{id: "9", title: "replay of the full log against SELECT in pages", deed: replay, base: plainPages, floor: 1, goal: 1.4},
-	{id: "10", title: "execute, 64 callers, against append", deed: execute64, base: append64, floor: 0.8, goal: 1},
+	{id: "10a", title: "execute, 64 callers, against append, both 1,000 streams", deed: execute64, base: append1000, floor: 0.8, goal: 1},
+	{id: "10b", title: "execute, 64 callers, against append to 64 streams", deed: execute64, base: append64},
 	{id: "11", title: "execute, 16 callers, against goes", deed: execute16, base: goes16, floor: 8, goal: 14},
 	{id: "12", title: "live in the same process, p50 after the acknowledgement", deed: liveSame, floor: 0.050, goal: 0.005},
 	{id: "13", title: "live in another process, p50 after the acknowledgement", deed: liveOther, floor: 0.5, goal: 0.25},
@@ -125,9 +130,10 @@ var rows = []row{
 	{id: "15", title: "SQLite append, 64 writers, against hallgren", deed: sqliteAppend, base: sqliteHallgren, floor: 12},
 	{id: "16", title: "SQLite execute, 64 callers, against eventhorizon in memory", deed: sqliteExecute, base: horizon, floor: 8},
 	{id: "17", title: "append against watermill", deed: append64, base: watermill64, note: "watermill publishes and consumes"},
-	{id: "18", title: "SQLite sagas of 3 steps against go-workflows", deed: sqliteSaga, base: goWorkflows},
-	{id: "19", title: "sagas of 3 steps against DBOS", deed: saga, base: dbos64},
-	{id: "20", title: "sagas of 3 steps against River's jobs", deed: saga, base: river64, note: "loosely comparable: a job is one step"},
+	{id: "18", title: "SQLite sagas of 3 steps against go-workflows", deed: sqliteSaga, base: goWorkflows, floor: 30, goal: 140},
+	{id: "19a", title: "sagas of 3 steps, 64 at once, against DBOS", deed: saga, base: dbos64, floor: 3, goal: 8},
+	{id: "19b", title: "sagas of 3 steps, one after another, against DBOS", deed: saga1, base: dbos1, floor: 1.2, goal: 1.8},
+	{id: "20", title: "reactions against River's jobs, both doing nothing", deed: react64, base: river64, floor: 1},
 	{id: "21", title: "NATS append, 64 writers, against publishing", deed: nats64, base: publish64, floor: 1.5},
 	{id: "22", title: "NATS append, 1024 writers, against publishing", deed: nats1024, base: publish1024, floor: 8},
 	{id: "23a", title: "NATS load of 100 events, 1 reader, against an ordered consumer", deed: natsLoad1, base: consumer1, floor: 5},
