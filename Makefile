@@ -19,11 +19,16 @@ race: ## Run all tests under the race detector
 
 .PHONY: long
 long: ## Run all tests, the long ones too: crashes, power losses, 30,000 fines
-	DEED_TEST_LONG=1 go test -timeout 20m ./...
+	DEED_TEST_LONG=1 go test -timeout 40m ./...
 
 .PHONY: lint
 lint: $(BIN)/golangci-lint-$(LINT_VERSION) ## Look for bugs and wrong formatting
 	$(BIN)/golangci-lint-$(LINT_VERSION) run --allow-parallel-runners ./...
+
+.PHONY: sagas
+sagas: ## Look for sagas that would not do the same at a replay
+	go build -buildvcs=false -o $(BIN)/deedvet ./cmd/deedvet
+	$(BIN)/deedvet ./...
 
 .PHONY: fmt
 fmt: $(BIN)/golangci-lint-$(LINT_VERSION) ## Format all files
@@ -49,9 +54,9 @@ fuzz: ## Run every fuzz test for FUZZTIME (10s)
 
 .PHONY: examples
 examples: ## Run every example once
-	go run --allow-parallel-runners ./...mples/quickstart
-	go run --allow-parallel-runners ./...mples/mail
-	go run --allow-parallel-runners ./...mples/fines
+	go run ./examples/quickstart
+	go run ./examples/mail
+	go run ./examples/fines
 
 .PHONY: ci
 ci: ## Everything that must pass before a change is merged
