@@ -354,6 +354,7 @@ func (r *runner) status(ctx context.Context, head eventstore.Position) (Status, 
 	s, started := r.progress.status()
 	s.Name, s.Version, s.Rate = r.unit, r.projection.origin().version, r.progress.speed()
 	err := r.engine.state.View(ctx, func(tx StateTx) error {
+		s.DeadLetters = 0
 		if !started || s.Phase == PhaseStandby || r.inline != nil {
 			c, err := tx.Checkpoint(r.leaseName())
 			if err != nil {

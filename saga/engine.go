@@ -348,6 +348,7 @@ func (e *Engine) List(ctx context.Context, saga string, o ListOptions) ([]Info, 
 	}
 	var found []Info
 	err = e.state.View(ctx, func(tx projection.StateTx) error {
+		found = nil
 		for _, table := range tables {
 			n := 0
 			for entry, err := range tx.Scan(table, projection.Range{After: o.After}) {

@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/maphash"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -497,14 +498,14 @@ func (w *sagaWorker) prepare(ctx context.Context, events []eventstore.Recorded) 
 	var ended []Info
 	if len(ids) > 0 || len(prefixes) > 0 {
 		err = w.view(ctx, func(tx projection.StateTx) error {
-			wanted := slices.Clone(ids)
+			wanted, known := slices.Clone(ids), maps.Clone(asked) // of this attempt: it may have to be repeated
 			for _, prefix := range prefixes {
 				for entry, err := range tx.Scan(watchTable(w.index), projection.Range{Prefix: prefix}) {
 					if err != nil {
 						return err
 					}
-					if id := entry.Key[len(prefix):]; !asked[id] {
-						asked[id] = true
+					if id := entry.Key[len(prefix):]; !known[id] {
+						known[id] = true
 						wanted = append(wanted, id)
 					}
 				}

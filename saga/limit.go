@@ -205,7 +205,7 @@ func (s Step) Progress(into any) (bool, error) {
 	var raw []byte
 	err := h.run.env.state.View(s, func(tx projection.StateTx) error {
 		value, _, err := tx.Get(beatTable(h.run.saga), h.key)
-		raw = append(raw, value...)
+		raw = append([]byte(nil), value...)
 		return err
 	})
 	if err != nil || len(raw) == 0 {

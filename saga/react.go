@@ -645,6 +645,7 @@ func (e *Engine) Backlogs(ctx context.Context, reaction string) ([]Backlog, erro
 	}
 	var found []Backlog
 	err := e.state.View(ctx, func(tx projection.StateTx) error {
+		found = nil
 		for entry, err := range tx.Scan(backlogTable(reaction), projection.Range{}) {
 			if err != nil {
 				return err

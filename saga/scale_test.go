@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,6 +43,7 @@ func tableSize(t testing.TB, store projection.State, table string) int {
 	t.Helper()
 	n := 0
 	require.NoError(t, store.View(context.Background(), func(tx projection.StateTx) error {
+		n = 0
 		for _, err := range tx.Scan(table, projection.Range{}) {
 			if err != nil {
 				return err
@@ -126,7 +128,8 @@ func scaled() *saga.Definition[string, string] {
 }
 
 // TestScale_LittleMemory: whatever happens to the runs, it comes out the same
-// with three rows in memory, restarts, and lost tables as when all are there.
+// with three rows in memory, restarts, lost tables, and every read of the index
+// made twice, as when all are there.
 func TestScale_LittleMemory(t *testing.T) {
 	t.Parallel()
 	for round := range 6 {
@@ -139,12 +142,59 @@ func TestScale_LittleMemory(t *testing.T) {
 	}
 }
 
+// rereading is a state whose reads are all made twice, as after a connection
+// was lost at the end of the first one.
+type rereading struct {
+	backend
+	lose atomic.Int32 // of so many reads to come the caller hears that they have failed
+}
+
+var errLostConnection = errors.New("the connection was lost")
+
+func (r *rereading) View(ctx context.Context, fn func(projection.StateTx) error) error {
+	if err := r.backend.View(ctx, fn); err != nil {
+		return err
+	}
+	if r.lose.Add(-1) >= 0 {
+		return errLostConnection
+	}
+	return r.backend.View(ctx, fn)
+}
+
+// TestAwait_IndexReadAgain: an event comes for a run that is not in memory, and
+// the connection is lost while its row is looked up: it is looked up again.
+func TestAwait_IndexReadAgain(t *testing.T) {
+	t.Parallel()
+	store := &rereading{backend: memory.New()}
+	def := saga.Define("parcels", func(s *saga.Run, _ string) (string, error) {
+		e, err := saga.Await[Shipped](s, saga.Where(s.ID()), 0)
+		return e.Parcel, err
+	}, saga.On(func(e Placed, r eventstore.Recorded) (string, string) { return r.Stream.ID, e.SKU }))
+	bench := startBench(t, store, clock.NewManual(t0), saga.Options{CachedRuns: -1}, def)
+	exec(bench, orders, Place{"o1", "sku"})
+	bench.settle()
+	_, err := bench.engine.List(t.Context(), "parcels", saga.ListOptions{}) // which stores the index
+	require.NoError(t, err)
+	require.Zero(t, bench.engine.InMemory("parcels"))
+
+	store.lose.Store(2)
+	exec(bench, orders, Ship{"o1", "p1"})
+	bench.settle()
+	require.Negative(t, store.lose.Load())
+	infos, err := bench.engine.List(t.Context(), "parcels", saga.ListOptions{Status: []saga.Status{saga.StatusCompleted}})
+	require.NoError(t, err)
+	require.Len(t, infos, 1)
+	for _, err := range bench.stop() {
+		require.NoError(t, err)
+	}
+}
+
 func littleMemory(t *testing.T, seed uint64) {
 	r := rand.New(rand.NewPCG(seed, 1)) //nolint:gosec // a test
 	little := saga.Options{CachedRuns: -1}.Ahead(3)
 	def := scaled()
 	benches := []*bench{
-		startBench(t, memory.New(), clock.NewManual(t0), little, def),
+		startBench(t, &rereading{backend: memory.New()}, clock.NewManual(t0), little, def),
 		startBench(t, memory.New(), clock.NewManual(t0), saga.Options{}, def),
 	}
 	both := func(do func(b *bench)) {

@@ -431,6 +431,9 @@ func (e *Engine) Versions(ctx context.Context, saga string) ([]VersionUse, error
 		return nil, err
 	}
 	err = e.state.View(ctx, func(tx projection.StateTx) error {
+		clear(uses)
+		clear(names)
+		runs = nil
 		for _, unit := range units {
 			for entry, err := range tx.Scan(openTable(category(unit)), projection.Range{}) {
 				if err != nil {
