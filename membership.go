@@ -31,6 +31,7 @@ func members(c *configuration, store eventstore.Store, state projection.State, a
 	if apart == nil && (state == nil || !projection.Shared(state)) {
 		return nil, nil
 	}
+	options := ownership.Options{Name: name, Logger: c.logger}
 	var directory ownership.Directory
 	var err error
 	if c.members != nil {
@@ -42,11 +43,12 @@ func members(c *configuration, store eventstore.Store, state projection.State, a
 		}
 	} else if directory, err = projection.Members(state); errors.Is(err, errors.ErrUnsupported) {
 		return nil, nil // whoever comes first has the work
+	} else {
+		options.Look = ownership.LookOften // what it tells is of those who leave, and may not come
 	}
 	if err != nil {
 		return nil, err
 	}
-	options := ownership.Options{Name: name, Logger: c.logger}
 	if leases, ok := state.(interface{ LeaseTTL() time.Duration }); ok {
 		options.TTL = leases.LeaseTTL() // work is taken from the dead when their leases end
 	}

@@ -30,7 +30,42 @@ func Members(s State) (ownership.Directory, error) {
 	if !ok {
 		return nil, fmt.Errorf("find other nodes in %T: it does not list its leases: %w", s, errors.ErrUnsupported)
 	}
-	return &members{state: s, lister: lister}, nil
+	m := &members{state: s, lister: lister}
+	if teller, ok := s.(releaseTeller); ok {
+		return &toldMembers{m, teller}, nil
+	}
+	return m, nil
+}
+
+// releaseTeller is a state that tells of the leases that other processes release.
+type releaseTeller interface {
+	// Released returns a channel on which the names come until ctx ends, which closes
+	// it. It is a hint.
+	Released(ctx context.Context) <-chan string
+}
+
+// toldMembers are members that hear of those who leave.
+type toldMembers struct {
+	*members
+	teller releaseTeller
+}
+
+// Watch is ownership.Directory's.
+func (m *toldMembers) Watch(ctx context.Context) (<-chan struct{}, error) {
+	names := m.teller.Released(ctx)
+	left := make(chan struct{}, 1)
+	go func() { // until ctx ends
+		defer close(left)
+		for name := range names {
+			if strings.HasPrefix(name, memberPrefix) {
+				select {
+				case left <- struct{}{}:
+				default:
+				}
+			}
+		}
+	}()
+	return left, nil
 }
 
 const (

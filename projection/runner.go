@@ -217,8 +217,8 @@ func (r *runner) acquire(ctx context.Context) (Lease, error) {
 			}
 			failures = 0
 			every := acquireEvery
-			if r.turn.group && time.Since(began) < handoverPatience {
-				every = acquireSoon // whoever has it gives it up, or is dead
+			if waited := time.Since(began); r.turn.group && waited < handoverPatience {
+				every = min(acquireSoon, max(acquireFirst, waited)) // whoever has it gives it up, or is dead
 			}
 			err = r.standBy(ctx, every)
 		default:
@@ -288,10 +288,12 @@ func (r *runner) lose(ctx context.Context, cause error) {
 // owner has stored while somebody waits for it: at first every lookAtFirst, and
 // more seldom the longer nothing happens.
 //
-// A node whose turn it is tries more often: the one that has the lease is about to
-// give it up, or has died, and then the lease ends by itself.
+// A node whose turn it is tries more often, first acquireFirst later and then less
+// and less: the one that has the lease is about to give it up, or has died, and then
+// the lease ends by itself.
 const (
 	acquireEvery     = time.Second
+	acquireFirst     = 5 * time.Millisecond
 	acquireSoon      = 50 * time.Millisecond
 	handoverPatience = 30 * time.Second
 	lookAtFirst      = 5 * time.Millisecond

@@ -264,8 +264,8 @@ func (c *candidate) acquire(ctx context.Context) (projection.Lease, error) {
 	for told := false; ; {
 		lease, err := c.tryAcquire(ctx)
 		wait := leaseRetry - leaseRetry/10 + rand.N(leaseRetry/5)
-		if c.group != nil && time.Since(began) < handoverPatience {
-			wait = handoverRetry // whoever has it gives it up, or is dead
+		if waited := time.Since(began); c.group != nil && waited < handoverPatience {
+			wait = min(handoverRetry, max(handoverFirst, waited)) // whoever has it gives it up, or is dead
 		}
 		switch {
 		case err == nil:
@@ -315,8 +315,10 @@ func (c *candidate) release(ctx context.Context) error {
 	return nil
 }
 
-// A node whose turn it is tries to acquire the lease more often, for a while.
+// A node whose turn it is tries to acquire the lease more often for a while, at
+// first handoverFirst later.
 const (
+	handoverFirst    = 5 * time.Millisecond
 	handoverRetry    = 50 * time.Millisecond
 	handoverPatience = 30 * time.Second
 )

@@ -16,6 +16,7 @@ import (
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/memory"
 	"github.com/deed-go/deed/internal/clock"
+	"github.com/deed-go/deed/projection"
 	"github.com/deed-go/deed/saga"
 	"github.com/deed-go/deed/saga/sagatest"
 )
@@ -188,6 +189,57 @@ func TestContinue_KeysDiffer(t *testing.T) {
 	sagatest.For(t, def).Start("r", 0).Completed("r", 2)
 	require.Len(t, keys, 3)
 	require.Len(t, unique(keys), 3)
+}
+
+// TestContinue_TransactionsLeaveNothing: what transactions have left is removed
+// with the first one of the next life, and at the end.
+func TestContinue_TransactionsLeaveNothing(t *testing.T) {
+	t.Parallel()
+	for _, b := range backends {
+		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
+			store := b.open(t)
+			var ran, most atomic.Int32
+			def := saga.Define("lives", func(s *saga.Run, n int) (int, error) {
+				err := saga.All(s, "both", func(s *saga.Run) error {
+					_, err := saga.Tx(s, "book", func(saga.Step, projection.Tx) (int, error) { ran.Add(1); return 0, nil })
+					return err
+				}, func(s *saga.Run) error {
+					_, err := saga.Tx(s, "book", func(saga.Step, projection.Tx) (int, error) { ran.Add(1); return 0, nil })
+					return err
+				})
+				if err == nil {
+					_, err = saga.Tx(s, "count", func(saga.Step, projection.Tx) (int, error) { return 0, nil })
+				}
+				if err == nil {
+					_, err = saga.Do(s, "look", func(saga.Step) (int, error) {
+						most.Store(max(most.Load(), int32(tableSize(t, store, "saga.lives.tx")))) //nolint:gosec // few
+						return 0, nil
+					})
+				}
+				if err == nil && n < 5 {
+					return 0, s.Continue(n + 1)
+				}
+				if err == nil {
+					err = s.Sleep("rest", time.Hour)
+				}
+				return n, err
+			})
+			bench := startBench(t, store, clock.NewManual(t0), saga.Options{}, def)
+			require.NoError(t, saga.Start(t.Context(), bench.engine, def, "r", 0))
+			bench.settle()
+			require.EqualValues(t, 12, ran.Load())
+			require.EqualValues(t, 3, most.Load(), "rows of the table, of one life")
+			bench.advance(2 * time.Hour)
+			infos, err := bench.engine.List(t.Context(), "lives", saga.ListOptions{Status: []saga.Status{saga.StatusCompleted}})
+			require.NoError(t, err)
+			require.Len(t, infos, 1)
+			require.Zero(t, tableSize(t, store, "saga.lives.tx"))
+			for _, err := range bench.stop() {
+				require.NoError(t, err)
+			}
+		})
+	}
 }
 
 func TestCancel_EndsWaitsAndCompensates(t *testing.T) {

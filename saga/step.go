@@ -31,6 +31,7 @@ type Step struct {
 	gate    chan struct{}
 	beat    *heart
 	engine  *Engine // of a reaction
+	first   bool    // of the transactions of its run's life
 }
 
 // NewStep returns a step to call a function with in a unit test of its own;

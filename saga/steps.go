@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/deed-go/deed/aggregate"
@@ -127,7 +129,12 @@ func (r *Run) transact(step Step, fn func(projection.Tx) (json.RawMessage, error
 		if err := tx.Fence(r.lease); err != nil {
 			return err
 		}
-		key := r.stream.ID + "\x00" + step.key
+		if step.first {
+			if err := forgetTx(tx, r.saga, r.stream.ID, r.transacted()); err != nil {
+				return err
+			}
+		}
+		key := r.transacted() + step.key
 		done, ok, err := tx.Get(doneTx(r.saga), key)
 		if err != nil {
 			return err
@@ -150,18 +157,43 @@ func (r *Run) transact(step Step, fn func(projection.Tx) (json.RawMessage, error
 	return nil, &stateError{err}
 }
 
-// forgetTx removes what transactions have left of a run that has ended: its
-// history says the same.
-func (w *sagaWorker) forgetTx(tx projection.StateTx, run string) error {
+// transacted is what the keys of the present life's rows in that table begin with.
+func (c *core) transacted() string {
+	if c.h.segment == 0 {
+		return c.stream.ID + "\x00"
+	}
+	return fmt.Sprintf("%s\x00c%d\x00", c.stream.ID, c.h.segment)
+}
+
+// beginsTx reports whether the next transaction is the first one of a life
+// after another one: it removes what those before have left, since a run that
+// continues for ever never ends.
+func (h *history) beginsTx() bool {
+	if h.segment == 0 {
+		return false
+	}
+	for _, records := range h.lines {
+		if slices.ContainsFunc(*records, func(rec *record) bool { return rec.id.Kind == kindTx && rec.outcome == typeStepSucceeded }) {
+			return false
+		}
+	}
+	return true
+}
+
+// forgetTx removes what transactions have left of a run whose history says the
+// same, but for what begins with the prefix.
+func forgetTx(tx projection.StateTx, saga, run, but string) error {
 	var keys []string
-	for entry, err := range tx.Scan(doneTx(w.saga.name), projection.Range{Prefix: run + "\x00"}) {
+	for entry, err := range tx.Scan(doneTx(saga), projection.Range{Prefix: run + "\x00"}) {
 		if err != nil {
 			return err
 		}
-		keys = append(keys, entry.Key)
+		if but == "" || !strings.HasPrefix(entry.Key, but) {
+			keys = append(keys, entry.Key)
+		}
 	}
 	for _, key := range keys {
-		if err := tx.Delete(doneTx(w.saga.name), key); err != nil {
+		if err := tx.Delete(doneTx(saga), key); err != nil {
 			return err
 		}
 	}
@@ -251,7 +283,7 @@ func (r *Run) effect(kind, name string, options []StepOption, run func(Step) (js
 	if r.ctx.Err() != nil {
 		r.leave(outcome{kind: abandoned}) // what was done is recorded, and nothing more is begun
 	}
-	step := Step{key: r.keyOf(id), attempt: n, bus: r.env.bus, beat: r.heart(id)}
+	step := Step{key: r.keyOf(id), attempt: n, bus: r.env.bus, beat: r.heart(id), first: kind == kindTx && r.h.beginsTx()}
 	ctx := r.context(step.key, p.whole)
 	within, total := p.within, time.Duration(0)
 	if p.total > 0 {

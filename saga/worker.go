@@ -976,7 +976,7 @@ func (w *sagaWorker) changes() changes {
 					}
 					err = errors.Join(err, tx.Put(doneTable(w.index), one.r.ID, one.value))
 					if one.r.Transacted {
-						err = errors.Join(err, w.forgetTx(tx, one.r.ID))
+						err = errors.Join(err, forgetTx(tx, w.saga.name, one.r.ID, ""))
 					}
 				default:
 					err = tx.Put(openTable(w.index), one.r.ID, one.value)

@@ -88,7 +88,8 @@
 // 100 milliseconds where notifications do not come. Leases of projections and
 // sagas are kept by the database's clock; the epoch is checked in the
 // transaction that commits the work, so a process that was paused and lost its
-// lease cannot commit.
+// lease cannot commit. That a lease was released is announced in the same way, so
+// that the work of a process that stops is taken over at once and not at the next look.
 //
 // # Poolers
 //

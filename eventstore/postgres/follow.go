@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -285,6 +286,10 @@ func (f *follower) hear() error {
 		if err != nil {
 			return err
 		}
+		if name, ok := strings.CutPrefix(n.Payload, releasedPrefix); ok {
+			f.s.releases.tell(name)
+			continue
+		}
 		position, err := strconv.ParseUint(n.Payload, 10, 64)
 		if err != nil {
 			continue
@@ -299,14 +304,82 @@ func (f *follower) hear() error {
 // channel names the notifications of the log.
 func (s *Store) channel() string { return "deed_" + s.logID }
 
-// notifier tells other processes that the log has grown: after the commit and
-// outside of its transaction, since a transaction that notifies takes a lock of
-// the whole server when it commits. While one notification is on its way, and
+// notifier tells other processes that the log has grown, and which leases were
+// released: after the commit and outside of its transaction, since a transaction
+// that notifies takes a lock of the whole server when it commits. While one notification is on its way, and
 // for a moment after it, the next ones gather into one.
 type notifier struct {
 	s    *Store
 	head atomic.Uint64
 	wake chan struct{}
+
+	mu       sync.Mutex
+	released []string
+}
+
+// releasedPrefix begins the notification of a lease that was released, whose name
+// follows. That the log has grown is a number.
+const releasedPrefix = "released "
+
+// longestName bounds the names of leases that are told; the server takes less than
+// 8,000 bytes.
+const longestName = 1000
+
+// lease tells that it was released.
+func (n *notifier) lease(name string) {
+	if len(name) > longestName {
+		return
+	}
+	n.mu.Lock()
+	n.released = append(n.released, name)
+	n.mu.Unlock()
+	poke(n.wake)
+}
+
+// take returns what is to be told of leases.
+func (n *notifier) take() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	names := n.released
+	n.released = nil
+	return names
+}
+
+// releases are those who want to hear of leases.
+type releases struct {
+	mu  sync.Mutex
+	all map[chan string]struct{}
+}
+
+func (r *releases) tell(name string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for to := range r.all {
+		select {
+		case to <- name:
+		default: // it is behind, and has something to wake it
+		}
+	}
+}
+
+// Released returns a channel on which come the names of leases that any process
+// has released, until ctx ends, which closes it. It is a hint, for those who would
+// else look more often: a name may be missing, as all are through a pooler.
+func (s *Store) Released(ctx context.Context) <-chan string {
+	to := make(chan string, 16)
+	s.releases.mu.Lock()
+	defer s.releases.mu.Unlock()
+	if s.releases.all == nil {
+		s.releases.all = map[chan string]struct{}{}
+	}
+	s.releases.all[to] = struct{}{}
+	context.AfterFunc(ctx, func() {
+		s.releases.mu.Lock()
+		defer s.releases.mu.Unlock()
+		delete(s.releases.all, to)
+		close(to)
+	})
+	return to
 }
 
 // betweenNotifications is the least time from one to the next.
@@ -333,6 +406,7 @@ func (n *notifier) run() {
 		}
 	}
 	defer hangUp()
+	told := uint64(0)
 	for last := false; !last; {
 		select {
 		case <-n.wake:
@@ -355,8 +429,14 @@ func (n *notifier) run() {
 				conn = nil
 			}
 		}
-		if err == nil {
-			_, err = conn.Exec(ctx, n.s.texts.notify, n.s.channel(), strconv.FormatUint(n.head.Load(), 10))
+		for _, name := range n.take() {
+			if err == nil {
+				_, err = conn.Exec(ctx, n.s.texts.notify, n.s.channel(), releasedPrefix+name)
+			}
+		}
+		if head := n.head.Load(); err == nil && head != told {
+			_, err = conn.Exec(ctx, n.s.texts.notify, n.s.channel(), strconv.FormatUint(head, 10))
+			told = head
 		}
 		cancel()
 		pause := betweenNotifications

@@ -272,10 +272,14 @@ func (s *Store) Release(ctx context.Context, lease projection.Lease) error {
 		return err
 	}
 	defer s.leave()
-	return s.trying(ctx, fmt.Sprintf("release the lease %q", lease.Name), func() error {
+	err := s.trying(ctx, fmt.Sprintf("release the lease %q", lease.Name), func() error {
 		_, err := s.pool.Exec(ctx, "UPDATE "+s.schema+".leases SET held = false WHERE name = $1 AND owner = $2 AND epoch = $3", lease.Name, lease.Owner, int64(lease.Epoch))
 		return err
 	})
+	if err == nil && !s.settings.pooled {
+		s.notifier.lease(lease.Name)
+	}
+	return err
 }
 
 // Checkpoints implements projection.CheckpointLister.

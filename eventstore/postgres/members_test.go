@@ -51,6 +51,12 @@ func (m *mortal) Members(ctx context.Context) ([]groups.Member, error) {
 	return m.Directory.Members(ctx)
 }
 
+func (m *mortal) Watch(ctx context.Context) (<-chan struct{}, error) {
+	return m.Directory.(interface {
+		Watch(ctx context.Context) (<-chan struct{}, error)
+	}).Watch(ctx)
+}
+
 type groupNode struct {
 	link  *mortal
 	units []*groups.Unit
@@ -72,12 +78,17 @@ func startGroup(t *testing.T, s *Store, name string, ttl time.Duration) *groupNo
 	t.Helper()
 	d, err := projection.Members(s)
 	require.NoError(t, err)
-	n := &groupNode{link: &mortal{Directory: d}}
-	g := groups.New(n.link, groups.Options{Name: name, TTL: ttl, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+	link := &mortal{Directory: d}
+	return startNode(link, groups.Options{Name: name, TTL: ttl, Look: groups.LookOften, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))}, link)
+}
+
+func startNode(d groups.Directory, o groups.Options, link *mortal) *groupNode {
+	n := &groupNode{link: link}
+	g := groups.New(d, o)
 	for i := range dividedUnits {
 		n.units = append(n.units, g.Offer(fmt.Sprint("projection-", i)))
 	}
-	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- g.Run(ctx) }()
 	n.stop = func() error { cancel(); return <-ended }
@@ -156,4 +167,27 @@ func TestMembers_Takeover(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Who looks once and then hardly ever hears of those who leave.
+func TestMembers_Told(t *testing.T) {
+	t.Parallel()
+	url := pgtest.Database(t)
+	stores := []*Store{openURL(t, url), openURL(t, url)}
+	eventually(t, stores[1].follower.listening.Load, "it does not listen")
+	start := func(s *Store, name string) *groupNode {
+		d, err := projection.Members(s)
+		require.NoError(t, err)
+		return startNode(d, groups.Options{Name: name, TTL: time.Hour, Look: time.Hour, Logger: slog.New(slog.DiscardHandler)}, &mortal{Directory: d})
+	}
+	first := start(stores[0], "first")
+	eventually(t, divided(first), "the only node does not do all")
+	heir := start(stores[1], "heir")
+	eventually(t, func() bool { return heir.owns() > 0 }, "it does not take its part")
+	require.Less(t, heir.owns(), dividedUnits)
+	names := stores[1].Released(t.Context())
+	require.NoError(t, first.stop())
+	eventually(t, divided(heir), "nobody has told it that the other one has left")
+	require.Equal(t, "member.0", <-names)
+	require.NoError(t, heir.stop())
 }

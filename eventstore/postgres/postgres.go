@@ -48,6 +48,7 @@ type Store struct {
 	kinds    atomic.Pointer[kinds]
 	follower *follower
 	notifier *notifier
+	releases releases
 	members  members
 	inline   atomic.Pointer[[]*projection.Appends]
 	tables   sync.Map // name -> id of the state's tables, committed ones only

@@ -14,9 +14,9 @@
 // ms, or every 10 ms times the number of members if that is longer: all nodes
 // together look at most about 100 times a second. A node that stops leaves, and
 // the others have its units with their next look: within 100 ms and the time of
-// two calls, up to ten members. A node that dies is a member until the directory's
-// TTL has passed, and is followed within the next look: with the default after 10
-// seconds at most, and that look.
+// two calls, up to ten members, or at once where the directory tells of it. A node
+// that dies is a member until the directory's TTL has passed, and is followed within
+// the next look: with the default after 10 seconds at most, and that look.
 //
 // # When the directory fails
 //
@@ -111,8 +111,10 @@ type Options struct {
 	Logger *slog.Logger
 }
 
+// LookOften is how often members are looked up where nothing tells of changes.
+const LookOften = 100 * time.Millisecond
+
 const (
-	lookEvery   = 100 * time.Millisecond
 	lookWatched = time.Second
 	// lookShare is how much later everybody looks for each member there is.
 	lookShare = 10 * time.Millisecond
@@ -164,7 +166,7 @@ func New(d Directory, o Options) *Group {
 		o.TTL = 10 * time.Second
 	}
 	if o.Look <= 0 {
-		o.Look = lookEvery
+		o.Look = LookOften
 		if _, ok := d.(watcher); ok {
 			o.Look = lookWatched
 		}
