@@ -492,10 +492,11 @@ func (p *promotion) advance(ctx context.Context) (done bool, err error) {
 func (p *promotion) caughtUp(ctx context.Context) (bool, error) {
 	r := p.r
 	wanted := p.head
-	var err error
-	if p.head, err = r.engine.store.Head(ctx); err != nil {
-		return false, err
+	head, err := r.engine.store.Head(ctx)
+	if err != nil {
+		return false, err // and wanted stays what it is
 	}
+	p.head = head
 	least := p.head
 	for _, other := range r.engine.other(p.of.base, p.of.version).runners {
 		at, own := other.progress.owned()

@@ -921,6 +921,7 @@ func (w *sagaWorker) changes() changes {
 	w.dirty = nil
 	type write struct {
 		r           *row
+		version     uint64
 		value       []byte
 		done, had   bool
 		gone, added []string // entries
@@ -930,7 +931,7 @@ func (w *sagaWorker) changes() changes {
 	var failure error
 	for _, r := range rows {
 		r.dirty = false
-		one := write{r: r, had: r.stored, done: r.done(), before: r.entries}
+		one := write{r: r, version: r.Version, had: r.stored, done: r.done(), before: r.entries}
 		if r.Version == 0 && w.rows[r.ID] != r { // a start that came to nothing
 			if !r.stored {
 				continue
@@ -975,7 +976,7 @@ func (w *sagaWorker) changes() changes {
 						err = tx.Delete(openTable(w.index), one.r.ID)
 					}
 					err = errors.Join(err, tx.Put(doneTable(w.index), one.r.ID, one.value))
-					if one.r.Transacted {
+					if one.r.Transacted && w.isOver(one.r, one.version) {
 						err = errors.Join(err, forgetTx(tx, w.saga.name, one.r.ID, ""))
 					}
 				default:
@@ -1015,6 +1016,15 @@ func (w *sagaWorker) changes() changes {
 			}
 		},
 	}
+}
+
+// isOver reports whether the run has ended at the version and was not begun anew
+// since. To be asked behind the fence: what a restarted run does in transactions
+// waits there.
+func (w *sagaWorker) isOver(r *row, version uint64) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return r.done() && r.Version == version && (w.rows[r.ID] == nil || w.rows[r.ID] == r)
 }
 
 // There is no limit to a history, but a warning.

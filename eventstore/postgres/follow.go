@@ -325,13 +325,18 @@ const releasedPrefix = "released "
 // 8,000 bytes.
 const longestName = 1000
 
+// mostReleased bounds how many are told at once.
+const mostReleased = 1000
+
 // lease tells that it was released.
 func (n *notifier) lease(name string) {
 	if len(name) > longestName {
 		return
 	}
 	n.mu.Lock()
-	n.released = append(n.released, name)
+	if len(n.released) < mostReleased {
+		n.released = append(n.released, releasedPrefix+name)
+	}
 	n.mu.Unlock()
 	poke(n.wake)
 }
@@ -366,7 +371,7 @@ func (r *releases) tell(name string) {
 // has released, until ctx ends, which closes it. It is a hint, for those who would
 // else look more often: a name may be missing, as all are through a pooler.
 func (s *Store) Released(ctx context.Context) <-chan string {
-	to := make(chan string, 16)
+	to := make(chan string, mostReleased)
 	s.releases.mu.Lock()
 	defer s.releases.mu.Unlock()
 	if s.releases.all == nil {
@@ -429,14 +434,14 @@ func (n *notifier) run() {
 				conn = nil
 			}
 		}
-		for _, name := range n.take() {
-			if err == nil {
-				_, err = conn.Exec(ctx, n.s.texts.notify, n.s.channel(), releasedPrefix+name)
-			}
-		}
 		if head := n.head.Load(); err == nil && head != told {
 			_, err = conn.Exec(ctx, n.s.texts.notify, n.s.channel(), strconv.FormatUint(head, 10))
-			told = head
+			if err == nil {
+				told = head
+			}
+		}
+		if names := n.take(); err == nil && len(names) > 0 {
+			_, err = conn.Exec(ctx, n.s.texts.notifyAll, n.s.channel(), names)
 		}
 		cancel()
 		pause := betweenNotifications

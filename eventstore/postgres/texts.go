@@ -4,13 +4,13 @@ import "strings"
 
 // texts are the statements whose form does not vary, for one schema.
 type texts struct {
-	head, lastEvent           string
-	delta, heads, receipts    string
-	appendEvents, appendBatch string
-	commitMode                string // how batches are committed; "" for as the session says
-	copyEvents, copyTags      string
-	copyKeys, lock, lockFirst string
-	ends, notify, written     string
+	head, lastEvent                  string
+	delta, heads, receipts           string
+	appendEvents, appendBatch        string
+	commitMode                       string // how batches are committed; "" for as the session says
+	copyEvents, copyTags             string
+	copyKeys, lock, lockFirst        string
+	ends, notify, notifyAll, written string
 }
 
 func newTexts(schema string) texts {
@@ -36,7 +36,7 @@ func newTexts(schema string) texts {
 				JOIN unnest($2::text[], $3::int[]) AS n (id, size) ON n.id::uuid = e.id WHERE e.position > $1 OFFSET 0) f
 			CROSS JOIN LATERAL (SELECT position, version FROM {schema}.events WHERE position >= f.position AND position < f.position + f.size ORDER BY position OFFSET 0) e
 			ORDER BY e.position`),
-		notify: "SELECT pg_notify($1, $2)",
+		notify: "SELECT pg_notify($1, $2)", notifyAll: "SELECT pg_notify($1, told) FROM unnest($2::text[]) AS told",
 	}
 	t.appendBatch = t.appendEvents
 	return t
