@@ -496,13 +496,14 @@ func offered(members []Member, units []string) bool {
 	return !slices.ContainsFunc(units, func(u string) bool { return !by[u] })
 }
 
-// failed returns when to try again.
+// failed returns when to try again: soon enough that who leaves just after the
+// directory has come back does not wait for it.
 func (g *Group) failed(ctx context.Context, what string, err error) time.Duration {
 	if ctx.Err() == nil && g.failures == 0 {
 		g.options.Logger.Warn("cannot "+what+" the other nodes; it is tried again, and until then all stays as it is for a while", "node", g.options.Name, "error", err)
 	}
 	g.failures++
-	wait := min(g.options.TTL/100<<min(g.failures, 4), g.options.TTL/10)
+	wait := min(g.options.TTL/100<<min(g.failures, 4), g.options.TTL/40)
 	return wait - rand.N(wait/10+1)
 }
 

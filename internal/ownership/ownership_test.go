@@ -314,6 +314,35 @@ func TestGroup_CutOff(t *testing.T) {
 	}
 }
 
+// A directory was away for a while, shorter than memberships last. Who leaves just
+// after that is followed as soon as ever, or nearly so.
+func TestGroup_LeavesAfterAnOutage(t *testing.T) {
+	t.Parallel()
+	for outage := 2500 * time.Millisecond; outage < 4500*time.Millisecond; outage += 130 * time.Millisecond {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBoard()
+			units := []string{"a", "b", "c", "d"}
+			one, two := start(t, b, "one", units...), start(t, b, "two", units...)
+			time.Sleep(time.Minute)
+			shared(t, units, one, two)
+			for _, n := range []*node{one, two} {
+				n.link.set(func() { n.link.broken = true })
+			}
+			time.Sleep(outage)
+			for _, n := range []*node{one, two} {
+				n.link.set(func() { n.link.broken = false })
+			}
+			began := time.Now()
+			one.stop()
+			for len(two.owns()) < len(units) {
+				time.Sleep(time.Millisecond)
+			}
+			require.LessOrEqual(t, time.Since(began), 300*time.Millisecond, "after %s", outage)
+			two.stop()
+		})
+	}
+}
+
 // A process that was stopped finds that its time is up before any timer fires.
 func TestUnit_PausedProcess(t *testing.T) {
 	t.Parallel()
