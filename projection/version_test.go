@@ -497,6 +497,81 @@ func TestVersion_HeldBackAndCompared(t *testing.T) {
 	})
 }
 
+// blinking is a store that once cannot say where the log ends, when told.
+type blinking struct {
+	*memory.Store
+	asked atomic.Int64
+	blind atomic.Bool
+}
+
+func (b *blinking) Head(ctx context.Context) (eventstore.Position, error) {
+	b.asked.Add(1)
+	if b.blind.CompareAndSwap(true, false) {
+		return 0, errDown
+	}
+	return b.Store.Head(ctx)
+}
+
+// A version that is half built is not taken for built, and compared for good,
+// because the store once could not say where the log ends.
+func TestVersion_HeadUnknownOnce(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &blinking{Store: memory.New()}
+		defer store.Close()
+		for _, id := range []string{"ann", "bob", "cid"} {
+			put(t, store, account(id), deposited{5})
+		}
+		head := put(t, store, account("dan"), deposited{5}).Last
+		v1 := projection.View("sums", projection.On(func(l *bookEntry, e deposited) { l.Cents += e.Cents }))
+		reached, goOn := make(chan struct{}), make(chan struct{})
+		atCid := sync.OnceFunc(func() { close(reached) })
+		v2 := projection.View("sums", projection.OnMeta(func(l *bookEntry, e deposited, r eventstore.Recorded) {
+			if r.Stream.ID == "cid" {
+				atCid()
+				<-goOn
+			}
+			l.Cents += e.Cents
+		})).Version(2).HeldBack()
+		r := start(t, store, store, projection.Options{}, v1)
+		r.caughtUp(t, store, "sums")
+		require.NoError(t, r.stop())
+
+		r = start(t, store, store, projection.Options{BatchEvents: 1}, v1, v2)
+		release := sync.OnceFunc(func() { close(goOn) })
+		defer release()
+		<-reached
+		synctest.Wait() // from now on only who wants to promote version 2 asks
+		asked := store.asked.Load()
+		for until := time.Now().Add(time.Minute); store.asked.Load() < asked+2; time.Sleep(time.Millisecond) {
+			require.True(t, time.Now().Before(until), "nobody looks whether it has caught up")
+		}
+		store.blind.Store(true)
+		for until := time.Now().Add(time.Minute); store.blind.Load(); time.Sleep(time.Millisecond) {
+			require.True(t, time.Now().Before(until), "nobody looks whether it has caught up")
+		}
+		asked = store.asked.Load()
+		time.Sleep(5 * time.Second) // several looks
+		again := store.asked.Load() - asked
+		all, err := r.Versions(t.Context(), "sums")
+		require.NoError(t, err)
+		require.Len(t, all, 2)
+		require.Less(t, all[1].Position, head, "it is half built")
+		require.NotZero(t, all[1].Position, "it is begun")
+		release()
+		for until := time.Now().Add(time.Minute); all[1].Comparison == nil; time.Sleep(time.Millisecond) {
+			require.True(t, time.Now().Before(until), "it is not compared")
+			all, err = r.Versions(t.Context(), "sums")
+			require.NoError(t, err)
+		}
+		c := all[1].Comparison
+		require.Equal(t, []eventstore.Position{head, head}, []eventstore.Position{c.From.Position, c.To.Position}, c.String())
+		require.True(t, c.Same(), c.String())
+		require.Greater(t, again, int64(2), "it was looked again meanwhile")
+		require.NoError(t, r.stop())
+	})
+}
+
 // A projection that begins with a later version reads it at once.
 func TestVersion_BeginsLater(t *testing.T) {
 	t.Parallel()
