@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -240,6 +241,79 @@ func TestContinue_TransactionsLeaveNothing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// tardy is a store that holds one update back, and loses what steps have come
+// to, when told.
+type tardy struct {
+	backend
+	hold       atomic.Bool
+	held, goOn chan struct{}
+	lose       atomic.Bool
+	lost       atomic.Int32
+}
+
+func (s *tardy) Update(ctx context.Context, fn func(projection.StateTx) error) error {
+	if s.hold.CompareAndSwap(true, false) {
+		close(s.held)
+		<-s.goOn
+	}
+	return s.backend.Update(ctx, fn)
+}
+
+func (s *tardy) Append(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
+	if c.Events[0].Type == "saga.step_succeeded" && s.lose.Load() {
+		s.lost.Add(1)
+		return eventstore.Receipt{}, eventstore.ErrUnavailable
+	}
+	return s.backend.Append(ctx, c)
+}
+
+// TestRestart_WhileItsEndIsStored: what the transaction of a restarted run has left
+// is not removed with what its first end made superfluous, and it does not run again.
+func TestRestart_WhileItsEndIsStored(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &tardy{backend: memory.New(), held: make(chan struct{}), goOn: make(chan struct{})}
+		release := sync.OnceFunc(func() { close(store.goOn) })
+		var ran atomic.Int32
+		def := saga.Define("booking", func(s *saga.Run, _ int) (int, error) {
+			return saga.Tx(s, "book", func(saga.Step, projection.Tx) (int, error) { return int(ran.Add(1)), nil })
+		})
+		bench := startBench(t, store, clock.NewManual(t0), saga.Options{}, def)
+		defer release()
+		require.NoError(t, saga.Start(t.Context(), bench.engine, def, "r", 0))
+		bench.settle()
+		require.EqualValues(t, 1, ran.Load())
+		require.Equal(t, 1, tableSize(t, store, "saga.booking.tx"), "its end is not stored yet")
+		store.hold.Store(true)
+		<-store.held // the flush that has taken it as ended
+
+		store.lose.Store(true)
+		timeline, err := bench.engine.Timeline(t.Context(), "booking", "r")
+		require.NoError(t, err)
+		require.NoError(t, bench.engine.Restart(t.Context(), "booking", "r", timeline.Steps[0].Key, "once more"))
+		synctest.Wait()
+		require.Positive(t, store.lost.Load())
+		require.EqualValues(t, 2, ran.Load())
+		require.Equal(t, 2, tableSize(t, store, "saga.booking.tx"))
+		release()
+		synctest.Wait() // the flush is done, and the step not tried again yet
+		require.Equal(t, 2, tableSize(t, store, "saga.booking.tx"), "the history does not have the second one yet")
+
+		store.lose.Store(false)
+		out, err := saga.Wait(t.Context(), bench.engine, def, "r")
+		require.NoError(t, err)
+		require.Equal(t, 2, out)
+		require.EqualValues(t, 2, ran.Load())
+		bench.settle()
+		_, err = bench.engine.List(t.Context(), "booking", saga.ListOptions{}) // which stores the index
+		require.NoError(t, err)
+		require.Zero(t, tableSize(t, store, "saga.booking.tx"))
+		for _, err := range bench.stop() {
+			require.NoError(t, err)
+		}
+	})
 }
 
 func TestCancel_EndsWaitsAndCompensates(t *testing.T) {
