@@ -97,3 +97,36 @@ func TestHandover_LeaseThatCannotBeReleased(t *testing.T) {
 		require.NoError(t, second.stop())
 	})
 }
+
+// A node that has stood by for long tries soon, when its turn has come, to get what
+// the other one is still about to give up.
+func TestHandover_AfterALongTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &shared{Store: memory.New()}
+		defer store.Close()
+		store.release = func(ctx context.Context, l projection.Lease) error {
+			time.Sleep(120 * time.Millisecond)
+			return store.Store.Release(ctx, l)
+		}
+		h, view := &hall{}, balances()
+		first := start(t, store, store, projection.Options{Group: h.join(t, "one")}, view)
+		put(t, store, account("ann"), deposited{1})
+		first.caughtUp(t, store, "balances")
+		second := start(t, store, store, projection.Options{Group: h.join(t, "two")}, view)
+		time.Sleep(time.Minute)
+		heir, former := second, "one"
+		if first.status(t).Phase == projection.PhaseStandby {
+			heir, former = first, "two"
+		}
+		require.Equal(t, projection.PhaseStandby, heir.status(t).Phase)
+		h.overlook(former)
+		began := time.Now()
+		for heir.status(t).Phase == projection.PhaseStandby {
+			time.Sleep(time.Millisecond)
+		}
+		require.Less(t, time.Since(began), 500*time.Millisecond)
+		require.NoError(t, first.stop())
+		require.NoError(t, second.stop())
+	})
+}

@@ -193,7 +193,11 @@ func (r *runner) Run(ctx context.Context) (err error) {
 // another node is to have it.
 func (r *runner) acquire(ctx context.Context) (Lease, error) {
 	told, failures := false, 0
-	for began := time.Now(); ; {
+	began, ours := time.Now(), false // since when it is this node's turn, or not
+	for {
+		if r.turn.ours() != ours {
+			began, ours = time.Now(), !ours
+		}
 		err := errNotOurs
 		if r.turn.ours() || r.asked.done != nil {
 			var lease Lease
@@ -201,11 +205,8 @@ func (r *runner) acquire(ctx context.Context) (Lease, error) {
 				return lease, nil
 			}
 			r.refuse(ctx, err)
-		} else {
-			began = time.Now()
-			if failed := r.release(ctx); failed != nil {
-				err = failed // nobody else can have it as long as this process lives
-			}
+		} else if failed := r.release(ctx); failed != nil {
+			err = failed // nobody else can have it as long as this process lives
 		}
 		switch {
 		case ctx.Err() != nil || final(err):
