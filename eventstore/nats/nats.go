@@ -86,6 +86,7 @@ type settings struct {
 	reply       func([]byte) []byte      // makes another server answer first
 	copies      func() int               // how often an answer to a load arrives
 	tamper      func(*client.Msg)        // changes an answer to a load
+	following   func()                   // called when the log has been looked at, before it is followed
 	stale       func(*getRequest) bool   // makes a leader of yesterday answer, who has none of what is asked for
 	headsMost   int
 	windowBytes int           // of events that a backward read holds

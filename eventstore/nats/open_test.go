@@ -7,6 +7,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -202,4 +203,48 @@ func TestOpen_RestoredServer(t *testing.T) {
 		_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(ann, 1)})
 		require.ErrorIs(t, err, eventstore.ErrGap)
 	}
+}
+
+// The same when the server is restored in the moment between looking whether the
+// log is the one that was seen and following it.
+func TestSubscribe_RestoredBeforeItFollows(t *testing.T) {
+	t.Parallel()
+	directory, backup := t.TempDir(), t.TempDir()
+	c, err := natsserver.Start(natsserver.Options{Directory: directory})
+	require.NoError(t, err)
+	defer c.Close()
+	store, name := openLog(t, c)
+	ann := account("ann")
+	_, err = store.Append(t.Context(), eventstore.Commit{Events: happened(ann, 2)})
+	require.NoError(t, err)
+	c.Stop(0)
+	require.NoError(t, os.CopyFS(backup, os.DirFS(directory)))
+	require.NoError(t, c.Start(0))
+	r, err := store.Append(t.Context(), eventstore.Commit{Events: happened(ann, 3)})
+	require.NoError(t, err)
+
+	looked, goOn := make(chan struct{}), make(chan struct{})
+	release := sync.OnceFunc(func() { close(goOn) })
+	defer release()
+	stop := sync.OnceFunc(func() { close(looked); <-goOn })
+	store.settings.following = stop
+	ended := make(chan error, 1)
+	go func() {
+		for b, err := range store.Subscribe(t.Context(), eventstore.All(), r.Last) {
+			if err != nil || len(b.Events) > 0 {
+				ended <- err
+				return
+			}
+		}
+	}()
+	<-looked
+	c.Stop(0)
+	require.NoError(t, os.RemoveAll(directory))
+	require.NoError(t, os.CopyFS(directory, os.DirFS(backup)))
+	require.NoError(t, c.Start(0))
+	_, err = reopenLog(t, c, name).Append(t.Context(), eventstore.Commit{Events: happened(account("bob"), 9)})
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return store.conn.Stats().Reconnects == 2 && store.conn.IsConnected() }, time.Minute, time.Millisecond)
+	release()
+	require.ErrorIs(t, <-ended, eventstore.ErrGap, "it goes on with what it has never seen the beginning of")
 }

@@ -146,9 +146,9 @@ func (f *follower) run() {
 
 // arrival is a message as the consumer delivers it.
 type arrival struct {
-	message  *message
-	err      error
-	replaced bool // the client has made a new consumer in place of one that was lost
+	message *message
+	err     error
+	first   bool // of its consumer: the client makes a new one in place of one that was lost
 }
 
 // followBuffer is how many messages may wait to be taken into the tail.
@@ -162,6 +162,9 @@ func (f *follower) consume(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	if hook := s.settings.following; hook != nil {
+		hook()
+	}
 	next := uint64(f.tail.Head()) + 1
 	consumer, err := s.js.OrderedConsumer(ctx, s.settings.stream, jetstream.OrderedConsumerConfig{
 		DeliverPolicy: jetstream.DeliverByStartSequencePolicy, OptStartSeq: next, InactiveThreshold: 30 * time.Second,
@@ -170,14 +173,12 @@ func (f *follower) consume(ctx context.Context) error {
 		return err
 	}
 	arrivals := make(chan arrival, followBuffer)
-	first := true
 	consuming, err := consumer.Consume(func(m jetstream.Msg) {
 		var a arrival
 		if at, err := m.Metadata(); err != nil {
 			a.err = err
 		} else {
-			a.replaced = at.Sequence.Consumer == 1 && !first
-			first = false
+			a.first = at.Sequence.Consumer == 1
 			a.message, a.err = s.subjects.decode(m.Subject(), at.Sequence.Stream, m.Data())
 		}
 		select {
@@ -236,7 +237,7 @@ func (f *follower) consume(ctx context.Context) error {
 				if a.err != nil {
 					return a.err
 				}
-				if a.replaced {
+				if a.first { // the server may have been restored since it was looked at
 					if err := s.verify(ctx); err != nil {
 						return err
 					}
