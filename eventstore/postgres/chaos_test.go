@@ -579,6 +579,18 @@ func shorter() time.Duration {
 // is rolled back leaves holes.
 func TestChaos_NoticesSequencePositions(t *testing.T) {
 	t.Parallel()
+	n := map[string]int{}
+	for range 3 { // on a machine that is busy readers may be too slow to go past anything
+		n = sequencePositions(t)
+		require.NotZero(t, n[foundHole], "holes")
+		if n[foundSkipped] > 0 {
+			break
+		}
+	}
+	require.NotZero(t, n[foundSkipped], "events that a reader went past")
+}
+
+func sequencePositions(t *testing.T) map[string]int {
 	steps := without(t)
 	steps[0].SQL += `
 		CREATE SEQUENCE {schema}.positions;
@@ -613,9 +625,7 @@ func TestChaos_NoticesSequencePositions(t *testing.T) {
 	t.Log(c.summary(ev))
 	found := ev.judge()
 	t.Logf("found: %s", report(found))
-	n := findings(found)
-	require.NotZero(t, n[foundSkipped], "events that a reader went past")
-	require.NotZero(t, n[foundHole], "holes")
+	return findings(found)
 }
 
 // Without the lock alone, the positions that writers give themselves collide
