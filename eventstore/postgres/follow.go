@@ -306,8 +306,9 @@ func (s *Store) channel() string { return "deed_" + s.logID }
 
 // notifier tells other processes that the log has grown, and which leases were
 // released: after the commit and outside of its transaction, since a transaction
-// that notifies takes a lock of the whole server when it commits. While one notification is on its way, and
-// for a moment after it, the next ones gather into one.
+// that notifies takes a lock of the whole server when it commits. While one
+// notification is on its way, and for a moment after it, the next ones gather into
+// one.
 type notifier struct {
 	s    *Store
 	head atomic.Uint64
