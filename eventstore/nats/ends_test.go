@@ -219,7 +219,7 @@ func TestYesterday_ScanAfterReconnect(t *testing.T) {
 	require.NoError(t, err)
 	last, err := writer.Append(t.Context(), eventstore.Commit{Events: happened(account("ann"), 1)})
 	require.NoError(t, err)
-	events, reached, err := store.scan(t.Context(), eventstore.OneCategory("account"), first.Last, last.Last)
+	events, reached, err := store.scanner(eventstore.OneCategory("account")).next(t.Context(), first.Last, last.Last)
 	t.Logf("%d events, through %d of %d, %v; connected to %s, cut off is %s", len(events), reached, last.Last, err, conn.ConnectedUrl(), c.NodeURL(yesterday))
 	require.NoError(t, err)
 	require.True(t, len(events) == 1 || reached < last.Last, "an event was skipped")

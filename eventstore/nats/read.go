@@ -188,9 +188,10 @@ func (s *Store) readLog(ctx context.Context, q eventstore.Query, o eventstore.Re
 }
 
 func (s *Store) readPages(ctx context.Context, q eventstore.Query, after, through eventstore.Position, backward bool, give func([]eventstore.Recorded) bool) error {
+	pages := s.scanner(q)
 	if !backward {
 		for after < through {
-			events, reached, err := s.scan(ctx, q, after, through)
+			events, reached, err := pages.next(ctx, after, through)
 			if err != nil || !give(events) {
 				return err
 			}
@@ -209,7 +210,7 @@ func (s *Store) readPages(ctx context.Context, q eventstore.Query, after, throug
 		var events []eventstore.Recorded
 		bytes := 0
 		for at := from; at < through; {
-			found, reached, err := s.scan(ctx, q, at, through)
+			found, reached, err := pages.next(ctx, at, through)
 			if err != nil {
 				return err
 			}
@@ -251,14 +252,42 @@ func weigh(r *eventstore.Recorded) int {
 	return n
 }
 
-// scan returns a page of the matching events in (after, through], where
-// through is known to be stored, and how far it looked.
-func (s *Store) scan(ctx context.Context, q eventstore.Query, after, through eventstore.Position) ([]eventstore.Recorded, eventstore.Position, error) {
-	if err := s.enter(ctx); err != nil {
+// scanner reads what a query selects, page after page. It is used by one
+// goroutine.
+type scanner struct {
+	s      *Store
+	query  eventstore.Query
+	filter string
+	// dense says that much of what lies around here is the query's. For each message
+	// that matches a pattern the server may look at all subjects near it, of which a
+	// category has as many as it has streams: then it is cheaper to read everything.
+	dense bool
+}
+
+// densely is from which share of the messages on everything is read: one of so
+// many.
+const densely = 3
+
+func (s *Store) scanner(q eventstore.Query) *scanner {
+	return &scanner{s: s, query: q, filter: s.subjects.filter(q)}
+}
+
+// next returns a page of the matching events in (after, through], where through
+// is known to be stored, and how far it looked.
+func (r *scanner) next(ctx context.Context, after, through eventstore.Position) ([]eventstore.Recorded, eventstore.Position, error) {
+	if err := r.s.enter(ctx); err != nil {
 		return nil, 0, err
 	}
-	defer s.leave()
-	return s.scanBy(ctx, s.subjects.filter(q), q, after, through)
+	defer r.s.leave()
+	filter := r.filter
+	if r.dense {
+		filter = r.s.subjects.all()
+	}
+	events, reached, err := r.s.scanBy(ctx, filter, r.query, after, through)
+	if err == nil && r.filter != r.s.subjects.all() {
+		r.dense = reached-after <= densely*eventstore.Position(len(events))
+	}
+	return events, reached, err
 }
 
 func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, after, through eventstore.Position) ([]eventstore.Recorded, eventstore.Position, error) {

@@ -289,6 +289,7 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 			fail(err)
 			return
 		}
+		pages := s.scanner(q)
 		for first := begun >= after; ; { // not when after lies beyond the end
 			if err := ctx.Err(); err != nil {
 				fail(err)
@@ -313,7 +314,7 @@ func (s *Store) Subscribe(ctx context.Context, q eventstore.Query, after eventst
 					batch.Through = max(batch.Through, after)
 					batch.CaughtUp = caughtUp && batch.Through == snapshot.Head
 				} else {
-					events, reached, err := s.scan(ctx, q, after, snapshot.Head)
+					events, reached, err := pages.next(ctx, after, snapshot.Head)
 					if errors.Is(err, eventstore.ErrUnavailable) && (s.closed() || !s.conn.IsClosed()) {
 						continue // for ever: the server will be back, or the tail says that the store is closed
 					}

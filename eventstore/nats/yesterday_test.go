@@ -134,9 +134,10 @@ func TestYesterday_Scan(t *testing.T) {
 	for _, q := range []eventstore.Query{eventstore.OneCategory("account"), eventstore.OneCategory("other"), eventstore.All()} {
 		for n := range int32(5) {
 			got := 0
+			pages := store.scanner(q)
 			for after := eventstore.Position(0); after < last.Last; {
 				lies.Store(n)
-				events, reached, err := store.scan(t.Context(), q, after, last.Last)
+				events, reached, err := pages.next(t.Context(), after, last.Last)
 				require.NoError(t, err)
 				got += len(events)
 				after = reached
@@ -199,7 +200,7 @@ func TestYesterday_ScanCutOff(t *testing.T) {
 			var a answer
 			for after := first.Last; after < last.Last && a.err == nil; {
 				var events []eventstore.Recorded
-				events, after, a.err = behind.scan(t.Context(), eventstore.OneCategory("account"), after, last.Last)
+				events, after, a.err = behind.scanner(eventstore.OneCategory("account")).next(t.Context(), after, last.Last)
 				a.events = append(a.events, events...)
 			}
 			answers <- a
