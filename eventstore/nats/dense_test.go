@@ -83,6 +83,38 @@ func TestScanner_DenseAndRare(t *testing.T) {
 	}
 }
 
+// What lies between may be large: then the pattern is kept, for a while.
+func TestScanner_LargeBetween(t *testing.T) {
+	t.Parallel()
+	c, err := natsserver.Start(natsserver.Options{})
+	require.NoError(t, err)
+	t.Cleanup(c.Close)
+	store, _ := openLog(t, c, Tail(1, 1))
+	const n = 4000
+	for range n / 100 {
+		var commit eventstore.Commit
+		for range 100 {
+			commit.Events = append(commit.Events, happened(account("ann"), 1)...)
+			commit.Events = append(commit.Events, eventstore.Event{Stream: eventstore.Stream{Category: "video", ID: "x"}, Type: "shot", Data: make([]byte, 10_000)})
+		}
+		_, err := store.Append(t.Context(), commit)
+		require.NoError(t, err)
+	}
+	pages := store.scanner(eventstore.OneCategory("account"))
+	got, asked, whole := 0, 0, 0
+	for at := eventstore.Position(0); at < 2*n; asked++ {
+		if pages.dense {
+			whole++
+		}
+		events, reached, err := pages.next(t.Context(), at, 2*n)
+		require.NoError(t, err)
+		got, at = got+len(events), reached
+	}
+	require.Equal(t, n, got)
+	require.Equal(t, 1, whole)
+	require.Less(t, asked, 15)
+}
+
 // BenchmarkRead_Category reads a category that is all of the log but for one event.
 func BenchmarkRead_Category(b *testing.B) {
 	for _, streams := range []int{10, 3000} {

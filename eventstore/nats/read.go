@@ -262,11 +262,17 @@ type scanner struct {
 	// that matches a pattern the server may look at all subjects near it, of which a
 	// category has as many as it has streams: then it is cheaper to read everything.
 	dense bool
+	// sparse is for how many pages it is not tried again: what is between is large.
+	sparse int
 }
 
-// densely is from which share of the messages on everything is read: one of so
-// many.
-const densely = 3
+const (
+	// densely is from which share of the messages on everything is read, as long as
+	// it has that share of the bytes too: one of so many.
+	densely = 3
+	// sparsely is for how many pages, if it has not.
+	sparsely = 64
+)
 
 func (s *Store) scanner(q eventstore.Query) *scanner {
 	return &scanner{s: s, query: q, filter: s.subjects.filter(q)}
@@ -283,19 +289,31 @@ func (r *scanner) next(ctx context.Context, after, through eventstore.Position) 
 	if r.dense {
 		filter = r.s.subjects.all()
 	}
-	events, reached, err := r.s.scanBy(ctx, filter, r.query, after, through)
-	if err == nil && r.filter != r.s.subjects.all() {
-		r.dense = reached-after <= densely*eventstore.Position(len(events))
+	events, reached, other, err := r.s.scanBy(ctx, filter, r.query, after, through)
+	if err != nil || r.filter == r.s.subjects.all() {
+		return events, reached, err
 	}
-	return events, reached, err
+	bytes := 0
+	for i := range events {
+		bytes += weigh(&events[i])
+	}
+	many := reached-after <= densely*eventstore.Position(len(events))
+	if many && other > (densely-1)*bytes {
+		r.sparse = sparsely
+	}
+	r.sparse = max(0, r.sparse-1)
+	r.dense = many && r.sparse == 0
+	return events, reached, nil
 }
 
-func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, after, through eventstore.Position) ([]eventstore.Recorded, eventstore.Position, error) {
+// scanBy is next. other is about how much memory was taken by messages that the
+// query does not select.
+func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, after, through eventstore.Position) (_ []eventstore.Recorded, _ eventstore.Position, other int, _ error) {
 	whole := filter == s.subjects.all()
 	most := int(min(through-after, pageEvents))
 	page, more, err := s.page(ctx, filter, uint64(after)+1, most)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, 0, err
 	}
 	unproven := false
 	if !more && !whole && (len(page) == 0 || page[len(page)-1].Position < through) {
@@ -311,7 +329,7 @@ func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, a
 		} else {
 			next, err := s.next(ctx, filter, uint64(from)+1)
 			if err != nil {
-				return nil, 0, err
+				return nil, 0, 0, err
 			}
 			if next != nil {
 				page = append(page, next)
@@ -324,28 +342,30 @@ func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, a
 	there := make(map[uint64]struct{}, len(page))
 	for _, m := range page {
 		if whole && m.Position != reached+1 {
-			return nil, 0, errHole(uint64(reached)+1, uint64(m.Position))
+			return nil, 0, 0, errHole(uint64(reached)+1, uint64(m.Position))
 		}
 		if !whole {
 			// What is before it in its stream is in the filter too.
 			if len(m.previous) > 0 && m.previous[0] > uint64(after) {
 				if _, ok := there[m.previous[0]]; !ok {
-					return nil, 0, fmt.Errorf("%w: the event at position %d of stream %q follows the one at %d, which was not found: messages were removed", eventstore.ErrGap, m.Position, m.Stream, m.previous[0])
+					return nil, 0, 0, fmt.Errorf("%w: the event at position %d of stream %q follows the one at %d, which was not found: messages were removed", eventstore.ErrGap, m.Position, m.Stream, m.previous[0])
 				}
 			}
 			there[uint64(m.Position)] = struct{}{}
 		}
 		if m.Position > through {
-			return events, through, nil
+			return events, through, other, nil
 		}
 		reached = m.Position
 		if m.isEvent() && q.Matches(&m.Recorded) {
 			events = append(events, m.Recorded)
+		} else {
+			other += weigh(&m.Recorded)
 		}
 	}
 	if unproven {
-		rest, reached, err := s.scanBy(ctx, s.subjects.all(), q, reached, through)
-		return append(events, rest...), reached, err
+		rest, reached, more, err := s.scanBy(ctx, s.subjects.all(), q, reached, through)
+		return append(events, rest...), reached, other + more, err
 	}
 	if !more && !whole {
 		reached = through
@@ -354,7 +374,7 @@ func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, a
 		// It is stored, but who answered does not have it yet.
 		m, err := s.at(ctx, uint64(after)+1)
 		if err != nil {
-			return nil, 0, err
+			return nil, 0, 0, err
 		}
 		reached = m.Position
 		if m.isEvent() && q.Matches(&m.Recorded) {
@@ -362,7 +382,7 @@ func (s *Store) scanBy(ctx context.Context, filter string, q eventstore.Query, a
 		}
 	}
 	if reached <= after {
-		return nil, 0, fmt.Errorf("%w: reading from position %d brought nothing", eventstore.ErrGap, after)
+		return nil, 0, 0, fmt.Errorf("%w: reading from position %d brought nothing", eventstore.ErrGap, after)
 	}
-	return events, reached, nil
+	return events, reached, other, nil
 }
