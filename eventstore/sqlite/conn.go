@@ -69,7 +69,23 @@ func dial(path, vfs string) (*conn, error) {
 		return nil, err
 	}
 	sqlite3.Xsqlite3_extended_result_codes(c.tls, c.db, 1)
+	if err := c.stablePlans(); err != nil {
+		c.close()
+		return nil, err
+	}
 	return c, nil
+}
+
+// stablePlans keeps statements prepared when something is bound to them. Without
+// it a new value for a LIMIT has the statement compiled anew, to be planned by the
+// value (https://www.sqlite.org/queryplanner-ng.html#qpsg).
+func (c *conn) stablePlans() error {
+	values := libc.NewVaList(int32(1), uintptr(0))
+	defer libc.Xfree(c.tls, values)
+	if code := sqlite3.Xsqlite3_db_config(c.tls, c.db, sqlite3.SQLITE_DBCONFIG_ENABLE_QPSG, values); code != sqlite3.SQLITE_OK {
+		return c.failure(code)
+	}
+	return nil
 }
 
 // pointer makes a pointer of an address outside of Go's heap.

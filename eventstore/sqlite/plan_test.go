@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/deed-go/deed/eventstore"
 )
@@ -254,5 +255,28 @@ func TestStore_Gap(t *testing.T) {
 			}
 			require.ErrorIs(t, failure, eventstore.ErrGap)
 		})
+	}
+}
+
+// What is bound to a statement does not have it compiled anew, which takes longer
+// than to read a short stream.
+func TestPrepare_Once(t *testing.T) {
+	t.Parallel()
+	c, err := dial(filepath.Join(t.TempDir(), "once.db"), "")
+	require.NoError(t, err)
+	defer c.close()
+	require.NoError(t, c.exec("CREATE TABLE numbers (n INTEGER PRIMARY KEY); INSERT INTO numbers VALUES (1), (2), (3)"))
+	for limit := range 4 {
+		s, err := c.prepare("SELECT n FROM numbers WHERE n > ? ORDER BY n LIMIT ?")
+		require.NoError(t, err)
+		require.NoError(t, s.bindAll([]any{0, limit}))
+		rows := 0
+		for more, err := s.step(); more; more, err = s.step() {
+			require.NoError(t, err)
+			rows++
+		}
+		require.Equal(t, limit, rows)
+		require.Zero(t, sqlite3.Xsqlite3_stmt_status(c.tls, s.p, sqlite3.SQLITE_STMTSTATUS_REPREPARE, 0))
+		s.reset()
 	}
 }
