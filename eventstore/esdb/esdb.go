@@ -63,12 +63,14 @@ type settings struct {
 
 	driver driver.Driver // for tests
 	drain  time.Duration // how long Close waits for calls
+
+	confirm time.Duration // how long the server may take to confirm a subscription
 }
 
 func defaults() settings {
 	return settings{
 		patience: 30 * time.Second, appendBytes: 1 << 20, tailEvents: 8192, tailBytes: 16 << 20, now: time.Now,
-		drain: 3 * time.Second,
+		drain: 3 * time.Second, confirm: attempt,
 	}
 }
 

@@ -31,6 +31,8 @@ type database struct {
 	reads         func() error     // asked before each read
 	subscribed    []driver.AllFrom // where subscriptions began
 	silent        bool             // caught-up is never said
+	ahead         int              // at the end a checkpoint names where the next event will lie: 1 as an event's position, 2 not; 3: before each event, its own
+	mute          int              // so many subscriptions are never confirmed
 	early         bool             // that a stream is missing is said by the call, not by its first answer
 }
 
@@ -58,10 +60,7 @@ func (db *database) write(stream, eventType string, e *driver.Event) *driver.Rec
 		s = &fakeStream{}
 		db.streams[stream] = s
 	}
-	place := uint64(100)
-	if n := len(db.all); n > 0 {
-		place = db.all[n-1].Position.Commit + 50 + uint64(n%7)*13
-	}
+	place := db.next()
 	r := driver.Recorded{ID: uuid.New(), Stream: stream, Revision: uint64(len(s.events)), Position: driver.Position{Commit: place, Prepare: place}, Type: eventType}
 	if e != nil {
 		r.ID, r.JSON, r.Data, r.Metadata = e.ID, e.JSON, e.Data, e.Metadata
@@ -69,6 +68,15 @@ func (db *database) write(stream, eventType string, e *driver.Event) *driver.Rec
 	s.events = append(s.events, len(db.all))
 	db.all = append(db.all, r)
 	return &db.all[len(db.all)-1]
+}
+
+// next is where the next event will lie.
+func (db *database) next() uint64 {
+	n := len(db.all)
+	if n == 0 {
+		return 100
+	}
+	return db.all[n-1].Position.Commit + 50 + uint64(n%7)*13
 }
 
 func (db *database) wake() {
@@ -287,6 +295,7 @@ type fakeSubscription struct {
 	filter driver.Filter
 	caught bool
 	skip   int
+	told   int // the place of the last checkpoint that was ahead
 	err    error
 	regex  *regexp.Regexp
 	closed chan struct{}
@@ -303,7 +312,14 @@ func (c *client) SubscribeAll(ctx context.Context, after driver.AllFrom, filter 
 	db := c.db
 	db.mu.Lock()
 	defer db.mu.Unlock()
-	s := &fakeSubscription{db: db, base: c.base, drops: db.drops, filter: filter}
+	if db.mute > 0 {
+		db.mute--
+		db.mu.Unlock()
+		<-ctx.Done()
+		db.mu.Lock()
+		return nil, &driver.Error{Kind: driver.Ended, Err: context.Cause(ctx)}
+	}
+	s := &fakeSubscription{db: db, base: c.base, drops: db.drops, filter: filter, told: -1}
 	db.subscribed = append(db.subscribed, after)
 	if filter.StreamRegex != "" {
 		s.regex = regexp.MustCompile(filter.StreamRegex)
@@ -343,6 +359,18 @@ func (s *fakeSubscription) Next(ctx context.Context) (driver.Message, error) {
 		}
 		db := s.db
 		db.mu.Lock()
+		if at := s.at; db.ahead > 0 && s.told != at && (at == len(db.all) || at < len(db.all) && db.ahead == 3) {
+			s.told = at
+			p := driver.Position{Commit: db.next(), Prepare: db.next()}
+			switch {
+			case at < len(db.all):
+				p = db.all[at].Position
+			case db.ahead == 2:
+				p.Prepare = 0
+			}
+			db.mu.Unlock()
+			return driver.Message{Checkpoint: &p}, nil
+		}
 		if s.at < len(db.all) {
 			r := db.all[s.at]
 			s.at++

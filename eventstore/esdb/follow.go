@@ -69,10 +69,31 @@ func (s *Store) everything() driver.Filter {
 func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after eventstore.Position, patience time.Duration, fn func(news) error) error {
 	const what = "follow the log"
 	resume, done := from(after), after
+	// A checkpoint may name the end of the log, as servers up to 25.0 do at times:
+	// that is where the next event will lie, which is still to come, and going on
+	// behind it would skip that. So it counts when something behind it has come.
+	var reached *driver.Position
+	settle := func(next uint64) error {
+		c := reached
+		if c == nil || next < c.Commit {
+			return nil
+		}
+		reached = nil
+		if next == c.Commit {
+			return nil
+		}
+		resume = driver.AllFrom{Position: *c}
+		done = max(done, eventstore.Position(c.Commit))
+		if c.Commit != c.Prepare {
+			return nil // good for going on here, but one number would not name it
+		}
+		return fn(news{at: eventstore.Position(c.Commit)})
+	}
 	fellBack := after == 0
 	since := time.Now()
 	for n := 0; ; n++ {
 		heard := false
+		reached = nil
 		err := s.subscribe(ctx, resume, filter, patience, func(m driver.Message) error {
 			heard = true
 			var tell news
@@ -81,6 +102,9 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 				tell.at = eventstore.Position(m.Event.Position.Commit)
 				if tell.at <= done {
 					return nil // before where it was asked to begin
+				}
+				if err := settle(m.Event.Position.Commit); err != nil {
+					return fatal{err}
 				}
 				e, err := s.decode(m.Event)
 				switch {
@@ -94,15 +118,15 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 				}
 				resume = driver.AllFrom{Position: m.Event.Position}
 			case m.Checkpoint != nil:
-				tell.at = eventstore.Position(m.Checkpoint.Commit)
-				if tell.at <= done {
+				if eventstore.Position(m.Checkpoint.Commit) <= done {
 					return nil
 				}
-				resume = driver.AllFrom{Position: *m.Checkpoint}
-				if m.Checkpoint.Commit != m.Checkpoint.Prepare {
-					done = tell.at // good for going on here, but one number would not name it
-					return nil
+				if err := settle(m.Checkpoint.Commit); err != nil {
+					return fatal{err}
 				}
+				reached = m.Checkpoint
+				since, n = time.Now(), 0
+				return nil
 			case m.CaughtUp:
 				err := fn(news{caughtUp: true})
 				if err == nil || errors.Is(err, errAgain) {
@@ -151,6 +175,9 @@ func (s *Store) follow(ctx, caller context.Context, filter driver.Filter, after 
 
 // errAgain, from fn, makes follow subscribe again where it is.
 var errAgain error = &driver.Error{Kind: driver.Aborted, Err: errors.New("subscribe again")}
+
+// errMute: the server has not confirmed a subscription for long.
+var errMute error = &driver.Error{Kind: driver.Unavailable, Err: fmt.Errorf("the server has not confirmed a subscription for %s", attempt)}
 
 // goal is the event that a subscription is to reach.
 type goal struct {
@@ -213,7 +240,15 @@ func (s *Store) subscribe(ctx context.Context, after driver.AllFrom, filter driv
 			return receive(m)
 		}
 	}
+	// A node that hangs confirms nothing, and the client waits for that.
+	mute := time.AfterFunc(s.settings.confirm, func() { cancel(errMute) })
 	subscription, err := s.driver.SubscribeAll(inner, after, filter)
+	if !mute.Stop() && errors.Is(context.Cause(inner), errMute) {
+		if err == nil {
+			subscription.Close()
+		}
+		return errMute
+	}
 	if err != nil {
 		return err
 	}

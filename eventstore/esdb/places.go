@@ -101,14 +101,15 @@ func (t *tip) get() (last end, upTo, known eventstore.Position) {
 	return t.last, t.upTo, t.known
 }
 
-// Head implements eventstore.Store: it asks the server, since other processes
-// append too. What is not of the log does not count.
+// Head implements eventstore.Store: it asks the leader, since other processes
+// append too, and may have stored how far they have come by what they know. What is
+// not of the log does not count.
 func (s *Store) Head(ctx context.Context) (eventstore.Position, error) {
 	if err := s.enter(ctx); err != nil {
 		return 0, err
 	}
 	defer s.leave()
-	last, err := s.findEnd(ctx)
+	last, err := s.findEndAt(ctx, true)
 	return last.position, err
 }
 
