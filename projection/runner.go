@@ -43,6 +43,7 @@ type runner struct {
 	owner  string
 	losses int     // of the lease in a row, each soon after it was acquired
 	held   Lease   // the last one, as long as it may have to be released
+	doubt  bool    // whether one was acquired since
 	asked  request // done is nil: nothing
 	logID  string  // once known
 	folder folder
@@ -238,6 +239,7 @@ func (r *runner) tryAcquire(ctx context.Context) (Lease, error) {
 	}
 	lease, err := r.engine.state.Acquire(ctx, r.leaseName(), r.owner, 0)
 	if err != nil {
+		r.doubt = !errors.Is(err, ErrLeaseHeld)
 		return Lease{}, err
 	}
 	r.held = lease
@@ -245,8 +247,17 @@ func (r *runner) tryAcquire(ctx context.Context) (Lease, error) {
 }
 
 // release gives up the lease that was held last: it may be this runner's still,
-// also after it was fenced, for then the checkpoint alone may have moved on.
+// also after it was fenced, for then the checkpoint alone may have moved on. One of
+// which it is not known whether it was acquired is acquired first: nobody else
+// could have it as long as this process lives.
 func (r *runner) release(ctx context.Context) error {
+	if r.held.Epoch == 0 && r.doubt {
+		lease, err := r.engine.state.Acquire(ctx, r.leaseName(), r.owner, 0)
+		if err != nil && !errors.Is(err, ErrLeaseHeld) {
+			return err
+		}
+		r.held, r.doubt = lease, false
+	}
 	if r.held.Epoch == 0 {
 		return nil
 	}

@@ -37,6 +37,7 @@ type candidate struct {
 	opened   chan struct{} // closed when the worker, or the one that has the lease, knows where it begins
 	openOnce sync.Once
 	held     projection.Lease // the last one, as long as it may have to be released; used by Run
+	doubt    bool             // whether one was acquired since
 
 	mu      sync.Mutex
 	started bool
@@ -298,13 +299,24 @@ func (c *candidate) tryAcquire(ctx context.Context) (projection.Lease, error) {
 	lease, err := c.state.Acquire(ctx, c.name, c.owner, c.ttl)
 	if err == nil {
 		c.held = lease
+	} else {
+		c.doubt = !errors.Is(err, projection.ErrLeaseHeld)
 	}
 	return lease, err
 }
 
 // release gives up the lease that was held last: it may be this worker's still,
-// also after it was fenced, for then the checkpoint alone may have moved on.
+// also after it was fenced, for then the checkpoint alone may have moved on. One of
+// which it is not known whether it was acquired is acquired first: nobody else
+// could have it as long as this process lives.
 func (c *candidate) release(ctx context.Context) error {
+	if c.held.Epoch == 0 && c.doubt {
+		lease, err := c.state.Acquire(ctx, c.name, c.owner, c.ttl)
+		if err != nil && !errors.Is(err, projection.ErrLeaseHeld) {
+			return err
+		}
+		c.held, c.doubt = lease, false
+	}
 	if c.held.Epoch == 0 {
 		return nil
 	}

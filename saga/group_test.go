@@ -3,6 +3,7 @@ package saga_test
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -83,5 +84,72 @@ func TestGroup_OutlivesAnOutage(t *testing.T) {
 		}
 		cancel()
 		require.NoError(t, <-left)
+	})
+}
+
+// mumbler is a state whose answers about leases are lost, after they were acquired.
+type mumbler struct {
+	*server
+	lost atomic.Bool
+}
+
+func (m *mumbler) Acquire(ctx context.Context, name, owner string, ttl time.Duration) (projection.Lease, error) {
+	lease, err := m.server.Acquire(ctx, name, owner, ttl)
+	if err == nil && m.lost.Load() {
+		return projection.Lease{}, errDown
+	}
+	return lease, err
+}
+
+// A lease that a node has acquired without hearing of it is given up when the work
+// moves: nobody else could have it as long as the node lives.
+func TestGroup_LeaseOfALostAnswer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := newServer()
+		defer store.Close()
+		quiet := slog.New(slog.DiscardHandler)
+		var left sync.WaitGroup
+		defer left.Wait()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		join := func(name string) *ownership.Group {
+			members, err := projection.Members(store)
+			require.NoError(t, err)
+			group := ownership.New(members, ownership.Options{Name: name, Logger: quiet})
+			left.Go(func() { _ = group.Run(ctx) })
+			return group
+		}
+		j := newJournal()
+		one := &mumbler{server: store}
+		one.lost.Store(true)
+		serve := func(state projection.State, group *ownership.Group) func() {
+			engine := saga.NewEngine(store, state, nil, saga.Options{Owner: group.Name(), Group: group, Logger: quiet})
+			require.NoError(t, engine.Add(saga.React("welcome", j.react)))
+			working, stop := context.WithCancel(ctx)
+			var ended sync.WaitGroup
+			ended.Go(func() { _ = engine.Workers()[0].Run(working) })
+			return func() { stop(); ended.Wait() }
+		}
+		defer serve(one, join("one"))()
+		time.Sleep(5 * time.Second)
+		require.ErrorIs(t, func() error { _, err := store.Acquire(ctx, "reaction welcome", "other", 0); return err }(), projection.ErrLeaseHeld)
+		// Of the two the work is this one's, by the digest of the names.
+		two := join("ten")
+		soon, stop := context.WithTimeout(ctx, 10*time.Second)
+		defer stop()
+		_, err := two.Offer("reaction welcome").Wait(soon)
+		require.NoError(t, err)
+		one.lost.Store(false)
+		defer serve(store, two)()
+		time.Sleep(10 * time.Second)
+		b := startBench(t, store.Store, clock.NewManual(t0), saga.Options{})
+		exec(b, orders, Place{ID: "o1", SKU: "tea"})
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		require.Equal(t, []string{"o1/1 tea"}, j.handled)
+		for _, err := range b.stop() {
+			require.NoError(t, err)
+		}
 	})
 }

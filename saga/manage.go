@@ -52,6 +52,7 @@ func End() Action { return Action{end: true} }
 // reaction of the same name, see [Engine.Backlogs].
 type Manager[S any] struct {
 	*Definition[managed[S], S]
+	plan *plan[S]
 	feed *Reaction
 }
 
@@ -141,10 +142,20 @@ func Manage[S any](name string, options ...ManagerOption[S]) *Manager[S] {
 	if len(p.react) == 0 {
 		p.mistakes = append(p.mistakes, fmt.Errorf("%w: it reacts to no event: say When", eventstore.ErrInvalid))
 	}
-	m := &Manager[S]{Definition: Define(name, func(s *Run, in managed[S]) (S, error) { return manage(s, p, in) })}
+	m := &Manager[S]{Definition: Define(name, func(s *Run, in managed[S]) (S, error) { return manage(s, p, in) }), plan: p}
 	m.feed = &Reaction{name: name, types: slices.Sorted(maps.Keys(p.keys)), policy: defaultPolicy(), mistakes: m.mistakes}
 	m.feed.policy.attempts = 10
-	m.feed.handle = func(enc *eventstore.Encoding, step Step, r eventstore.Recorded) error {
+	m.feed.handle = p.feed(&m.blueprint)
+	for _, mistake := range p.mistakes {
+		m.mistakes = append(m.mistakes, fmt.Errorf("manager %q: %w", name, mistake))
+	}
+	return m
+}
+
+// feed returns what gives an event to the run that it is for, which is started as
+// the blueprint says.
+func (p *plan[S]) feed(b *blueprint) func(*eventstore.Encoding, Step, eventstore.Recorded) error {
+	return func(enc *eventstore.Encoding, step Step, r eventstore.Recorded) error {
 		key, err := p.keys[enc.CurrentType(r.Type)](enc, r)
 		if err != nil {
 			return Terminal(err)
@@ -152,12 +163,8 @@ func Manage[S any](name string, options ...ManagerOption[S]) *Manager[S] {
 		if key == "" {
 			return nil
 		}
-		return step.engine.feed(step, &m.blueprint, key, r)
+		return step.engine.feed(step, b, key, r)
 	}
-	for _, mistake := range p.mistakes {
-		m.mistakes = append(m.mistakes, fmt.Errorf("manager %q: %w", name, mistake))
-	}
-	return m
 }
 
 // FromStart returns the manager, decided about the past: when it is new, it gets
@@ -175,8 +182,32 @@ func (m *Manager[S]) begin(b beginning) *Manager[S] {
 	return &changed
 }
 
+// Build returns the manager, pinned to a build, see [Definition.Build]. Events are
+// given to the runs of all builds by the one that is not [Manager.Draining]; what
+// it starts is of its own build.
+func (m *Manager[S]) Build(build string) *Manager[S] {
+	changed, feed := *m, *m.feed
+	changed.Definition = m.Definition.Build(build)
+	feed.handle, feed.mistakes = m.plan.feed(&changed.blueprint), changed.mistakes
+	changed.feed = &feed
+	return &changed
+}
+
+// Draining returns the manager, which leaves it to another build to take events
+// from the log: what there is of its build is run to the end.
+func (m *Manager[S]) Draining() *Manager[S] {
+	changed := *m
+	changed.Definition = m.Definition.Draining()
+	return &changed
+}
+
 // parts are the processes that it is made of.
-func (m *Manager[S]) parts() []Process { return []Process{m.Definition, m.feed} }
+func (m *Manager[S]) parts() []Process {
+	if m.draining {
+		return []Process{m.Definition}
+	}
+	return []Process{m.Definition, m.feed}
+}
 
 // feed gives the event to the run of the key, once; the first one starts it.
 func (e *Engine) feed(step Step, b *blueprint, key string, r eventstore.Recorded) error {

@@ -93,6 +93,44 @@ func TestManager_ContinuesAnew(t *testing.T) {
 	require.Equal(t, 2, run.Continued)
 }
 
+// A manager whose code runs under way could not take comes as a build of its own:
+// runs stay with theirs, and one of the builds gives events to all.
+func TestManager_Builds(t *testing.T) {
+	t.Parallel()
+	build := func(name string) *saga.Manager[string] {
+		return saga.Manage("count", saga.When(byOrder[Placed], func(s string, e Placed) (string, []saga.Action) {
+			s += name + ":" + e.SKU + " "
+			if e.SKU == "last" {
+				return s, []saga.Action{saga.End()}
+			}
+			return s, nil
+		})).Build(name)
+	}
+	b := newBench(t, build("old"))
+	place := func(id, sku string) {
+		exec(b, orders, Place{id, sku})
+		b.settle()
+	}
+	place("o1", "a")
+	b = b.restart(build("old").Draining(), build("new"))
+	place("o1", "b")
+	place("o2", "c")
+	uses, err := b.engine.Builds(t.Context(), "count")
+	require.NoError(t, err)
+	require.Equal(t, []saga.BuildUse{{Build: "new", Open: 1}, {Build: "old", Open: 1}}, uses)
+	place("o1", "last")
+	place("o2", "last")
+	for id, want := range map[string]string{"o1": "old:a old:b old:last ", "o2": "new:c new:last "} {
+		got, err := saga.Wait(t.Context(), b.engine, build("new").Definition, id)
+		require.NoError(t, err)
+		require.Equal(t, want, got)
+	}
+	require.ErrorContains(t, build("a b").Err(), "build")
+	engine := saga.NewEngine(b.store, b.store, nil, saga.Options{})
+	require.NoError(t, engine.Add(build("old")))
+	require.ErrorIs(t, engine.Add(build("new")), eventstore.ErrInvalid, "two builds that take events from the log")
+}
+
 func TestManager_Mistakes(t *testing.T) {
 	t.Parallel()
 	require.ErrorContains(t, saga.Manage[int]("idle").Err(), "reacts to no event")

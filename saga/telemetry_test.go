@@ -1,8 +1,12 @@
 package saga_test
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -98,4 +102,52 @@ func TestTelemetry_AttemptsOnce(t *testing.T) {
 	require.EqualValues(t, 1, sums["deed.saga.attempts succeeded"])
 	require.EqualValues(t, 2, sums["deed.saga.attempts failed"])
 	require.Equal(t, 1, gauges["deed.saga.late"])
+}
+
+// TestTelemetry_LongHistory: a history that has become long is warned of, once, and
+// counted; there is no limit to it.
+func TestTelemetry_LongHistory(t *testing.T) {
+	t.Parallel()
+	const result = 1 << 19
+	def := saga.Define("long", func(s *saga.Run, n int) (int, error) {
+		for i := range n {
+			if _, err := saga.Do(s, fmt.Sprint("copy ", i), func(saga.Step) (string, error) { return strings.Repeat("a", result), nil }); err != nil {
+				return 0, err
+			}
+		}
+		for _, pause := range []string{"nap", "rest"} {
+			if err := s.Sleep(pause, time.Minute); err != nil {
+				return 0, err
+			}
+		}
+		return n, nil
+	})
+	reader := sdkmetric.NewManualReader()
+	var said bytes.Buffer
+	o := saga.Options{MeterProvider: sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader)), Logger: slog.New(slog.NewTextHandler(&said, nil))}
+	b := startBench(t, memory.New(), clock.NewManual(t0), o, def)
+	const long = 16 << 20 / result
+	for id, n := range map[string]int{"short": long - 2, "long": long + 4} {
+		require.NoError(t, saga.Start(t.Context(), b.engine, def, id, n))
+	}
+	b.advance(2 * time.Hour)
+	for id, n := range map[string]int{"short": long - 2, "long": long + 4} {
+		got, err := saga.Wait(t.Context(), b.engine, def, id)
+		require.NoError(t, err)
+		require.Equal(t, n, got)
+	}
+	b.stop()
+	require.Equal(t, 1, strings.Count(said.String(), "the history of a run has become long"), said.String())
+	require.Contains(t, said.String(), "id=long")
+	var collected metricdata.ResourceMetrics
+	require.NoError(t, reader.Collect(t.Context(), &collected))
+	counted := int64(0)
+	for _, m := range collected.ScopeMetrics[0].Metrics {
+		if data, ok := m.Data.(metricdata.Sum[int64]); ok && m.Name == "deed.saga.long_histories" {
+			for _, point := range data.DataPoints {
+				counted += point.Value
+			}
+		}
+	}
+	require.EqualValues(t, 1, counted)
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"go/ast"
 	"go/parser"
@@ -331,6 +332,27 @@ func TestCheckout_Deploy(t *testing.T) {
 	uses, err := s.Engine().Versions(t.Context(), "checkout")
 	require.NoError(t, err)
 	require.Equal(t, []saga.VersionUse{{Name: "confirmation", Version: 1, Open: 1, Example: "new"}}, uses, "nobody needs the marker any more")
+}
+
+var update = flag.Bool("update", false, "write the histories in testdata anew")
+
+// TestCheckout_Histories: orders that are under way, or were, fit the saga as it
+// is today. The files are what "deed sagas export checkout ORDER" writes.
+func TestCheckout_Histories(t *testing.T) {
+	t.Parallel()
+	if *update {
+		s := sagatest.For(t, checkout(newWorld(t).shop)).Given("stock", "lamp", Stocked{3}).
+			When("order", "declined", placed("empty")).
+			When("order", "shipped", placed("golden")).
+			When("order", "waits", placed("golden")).
+			When("order", "shipped", OrderShipped{"parcel-1"})
+		for _, order := range []string{"declined", "shipped", "waits"} {
+			history, err := s.Engine().Export(t.Context(), "checkout", order)
+			require.NoError(t, err)
+			require.NoError(t, os.WriteFile(filepath.Join("testdata", order+".json"), history, 0o600))
+		}
+	}
+	sagatest.Replay(t, checkout(Shop{}), "testdata")
 }
 
 // TestCheckout_Length keeps the saga short enough to be read at a glance.

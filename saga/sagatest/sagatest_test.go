@@ -3,6 +3,8 @@ package sagatest_test
 import (
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -133,4 +135,36 @@ func TestSpec_Fails(t *testing.T) {
 			require.True(t, strings.Contains(f.message, c.message), "%s", f.message)
 		})
 	}
+}
+
+// TestReplay: exported histories fit the saga that made them, at every length, and
+// not one that does something else.
+func TestReplay(t *testing.T) {
+	t.Parallel()
+	folder := t.TempDir()
+	s := sagatest.For(t, lending).When("loan", "l1", Borrowed{"moby dick"}).When("loan", "l2", Borrowed{"emma"}).Advance(10 * week)
+	for _, loan := range []string{"l1", "l2"} {
+		history, err := s.Engine().Export(t.Context(), "lending", loan)
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(filepath.Join(folder, loan+".json"), history, 0o600))
+	}
+	sagatest.Replay(t, lending, folder)
+
+	fails := func(p sagatest.Process, folder, message string) {
+		t.Helper()
+		f := &failing{TB: t}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			sagatest.Replay(f, p, folder)
+		}()
+		<-done
+		require.Contains(t, f.message, message)
+	}
+	fails(saga.Define("lending", func(s *saga.Run, _ string) (int, error) {
+		return 0, s.Sleep("nap", week)
+	}), folder, "l1.json: the first 2 of")
+	fails(lending, t.TempDir(), `there is no history of saga "lending"`)
+	require.NoError(t, os.WriteFile(filepath.Join(folder, "torn.json"), []byte(`{"format":1`), 0o600))
+	fails(lending, folder, "torn.json")
 }
