@@ -21,15 +21,15 @@ type limit struct {
 // AtMost lets no more than n attempts of steps of the saga with this key run at
 // the same time. Runs that must wait are put aside, and come in their order.
 // The limit counts for the saga, wherever it runs: one node at a time does. All
-// its steps must name the same n.
+// its steps must name the same n. Builds ([Definition.Build]) count apart.
 func AtMost(key string, n int) StepOption {
 	return stepOption(func(p *policy) { p.limits = append(p.limits, limit{key: key, most: max(n, 1)}) })
 }
 
 // Rate lets no more than n attempts of steps of the saga with this key begin in
 // each period, evenly spread. Runs that must wait are put aside. All its steps
-// must name the same rate. After another node has taken over, the first one may
-// come too early by one period divided by n.
+// must name the same rate. Builds ([Definition.Build]) count apart. After another
+// node has taken over, the first one may come too early by one period divided by n.
 func Rate(key string, n int, period time.Duration) StepOption {
 	return stepOption(func(p *policy) {
 		p.limits = append(p.limits, limit{key: "rate " + key, per: max(period/time.Duration(max(n, 1)), 1)})

@@ -349,7 +349,9 @@ func ReadHistory(data []byte) ([]eventstore.Recorded, error) {
 // Import appends an exported history to this log, where there must be no run of
 // its id, and returns the saga and the id. A run that has not ended goes on here:
 // make sure that it does not go on elsewhere. What it waits for of the log it
-// waits for from now on.
+// waits for from now on. It is one commit: a history of more events than the store
+// takes at once (1,000, by eventstore.DefaultLimits) is refused, with
+// eventstore.ErrTooLarge.
 func (e *Engine) Import(ctx context.Context, data []byte) (saga, run string, err error) {
 	var in exported
 	events, err := ReadHistory(data)
