@@ -171,6 +171,13 @@
 // A failing database is not the event's fault, also within a handler
 // ([ErrUnavailable]): it is tried again until it answers.
 //
+// Each failure that lasts is logged as an error, with the event. What to raise an
+// alarm on is the gauge deed.projection.dead_letters.waiting: it counts the later
+// events that are set aside with a failed one, too, and does not fall until they
+// are replayed or skipped. In the words of Prometheus, which names it with '_':
+//
+//	delta(deed_projection_dead_letters_waiting[10m]) > 0
+//
 // # Several processes on one database
 //
 // Start the same program as often as you like: an application divides its
