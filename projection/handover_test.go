@@ -10,6 +10,7 @@ import (
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/memory"
 	"github.com/deed-go/deed/internal/ownership"
 	"github.com/deed-go/deed/projection"
@@ -126,6 +127,45 @@ func TestHandover_AfterALongTime(t *testing.T) {
 			time.Sleep(time.Millisecond)
 		}
 		require.Less(t, time.Since(began), 500*time.Millisecond)
+		require.NoError(t, first.stop())
+		require.NoError(t, second.stop())
+	})
+}
+
+// mumbler is a state whose answers about leases are lost, after they were acquired.
+type mumbler struct {
+	*shared
+	lost atomic.Bool
+}
+
+func (m *mumbler) Acquire(ctx context.Context, name, owner string, ttl time.Duration) (projection.Lease, error) {
+	lease, err := m.shared.Acquire(ctx, name, owner, ttl)
+	if err == nil && m.lost.Load() {
+		return projection.Lease{}, eventstore.ErrUnavailable
+	}
+	return lease, err
+}
+
+// A lease that a node has acquired without hearing of it is given up when the work
+// moves: nobody else could have it as long as the node lives.
+func TestHandover_LeaseOfALostAnswer(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &shared{Store: memory.New()}
+		defer store.Close()
+		put(t, store, account("ann"), deposited{1})
+		h, view := &hall{}, balances()
+		deaf := &mumbler{shared: store}
+		deaf.lost.Store(true)
+		first := start(t, store, deaf, projection.Options{Group: h.join(t, "one")}, view)
+		time.Sleep(5 * time.Second)
+		second := start(t, store, store, projection.Options{Group: h.join(t, "two")}, view)
+		time.Sleep(time.Second)
+		h.overlook("one")
+		deaf.lost.Store(false)
+		time.Sleep(5 * time.Second)
+		require.NotEqual(t, projection.PhaseStandby, second.status(t).Phase, "the other one has what it does not know of")
+		second.caughtUp(t, store, "balances")
 		require.NoError(t, first.stop())
 		require.NoError(t, second.stop())
 	})
