@@ -524,17 +524,22 @@ func TestProjections(t *testing.T) {
 		require.NoError(t, app.Projections().Rebuild(ctx, "gone"))
 		require.NoError(t, app.Stop(ctx))
 	})
+	got := object(t, ok(t, "projections", "--store", dsn, "--json"))
+	for _, one := range got["projections"].([]any) {
+		p := one.(map[string]any)
+		require.InDelta(t, time.Since(day).Seconds(), p["lag_seconds"], 60)
+		delete(p, "lag_seconds")
+	}
 	require.Equal(t, map[string]any{
 		"store": dsn, "head": float64(head), "projections": []any{
 			map[string]any{"name": "copied", "version": 1.0, "active": true, "position": 3.0, "lag": 2.0, "epoch": 1.0, "dead_letters": 2.0},
 			map[string]any{"name": "owners", "version": 1.0, "active": true, "position": 3.0, "lag": 2.0, "epoch": 1.0, "dead_letters": 2.0},
 		},
-	}, object(t, ok(t, "projections", "--store", dsn, "--json")))
-	require.Equal(t, strings.TrimPrefix(`
-PROJECTION  ACTIVE  POSITION  HEAD  LAG  DEAD LETTERS  EPOCH  OWNER  PROBLEM
-copied      yes            3     5    2             2      1  -      -
-owners      yes            3     5    2             2      1  -      -
-`, "\n"), ok(t, "projections", "--store", dsn))
+	}, got)
+	require.Regexp(t, `^PROJECTION  ACTIVE  POSITION  HEAD  LAG +BEHIND  DEAD LETTERS  EPOCH  OWNER  PROBLEM
+copied      yes            3     5    2  \d+h\d+m\d+s             2      1  -      -
+owners      yes            3     5    2  \d+h\d+m\d+s             2      1  -      -
+$`, ok(t, "projections", "--store", dsn))
 
 	require.Equal(t, outcome{exitOK, "", "no projections\n"}, command(t, "projections", "--store", "memory:"))
 	require.Equal(t, []any{}, object(t, ok(t, "projections", "--store", "memory:", "--json"))["projections"])
@@ -604,17 +609,17 @@ func TestSight(t *testing.T) {
 	t.Parallel()
 	before := &sight{at: day, Projections: []projectionInfo{{Name: "a", Position: 100}, {Name: "b", Position: 900}, {Name: "c", Position: 5}}}
 	now := &sight{Head: 1000, at: day.Add(2 * time.Second), Projections: []projectionInfo{
-		{Name: "a", Active: true, Position: 300, Lag: 700}, {Name: "b", Position: 10, Lag: 990}, {Name: "c", Position: 5, Lag: 995, Owner: "me"}, {Name: "d", Position: 7, Lag: 993},
+		{Name: "a", Active: true, Position: 300, Lag: 700, LagSeconds: 0.2}, {Name: "b", Position: 10, Lag: 990, LagSeconds: 3725.4}, {Name: "c", Position: 5, Lag: 995, Owner: "me"}, {Name: "d", Position: 7, Lag: 993},
 	}}
 	now.since(before)
 	var text strings.Builder
 	require.NoError(t, now.table(true).print(&text))
 	require.Equal(t, strings.TrimPrefix(`
-PROJECTION  ACTIVE  POSITION   HEAD  LAG  A SECOND  LEFT  DEAD LETTERS  EPOCH  OWNER  PROBLEM
-a           yes          300  1,000  700       100    7s             0      0  -      -
-b           -             10  1,000  990         0     -             0      0  -      -
-c           -              5  1,000  995         0     -             0      0  me     -
-d           -              7  1,000  993         0     -             0      0  -      -
+PROJECTION  ACTIVE  POSITION   HEAD  LAG  BEHIND  A SECOND  LEFT  DEAD LETTERS  EPOCH  OWNER  PROBLEM
+a           yes          300  1,000  700    < 1s       100    7s             0      0  -      -
+b           -             10  1,000  990  1h2m5s         0     -             0      0  -      -
+c           -              5  1,000  995       -         0     -             0      0  me     -
+d           -              7  1,000  993       -         0     -             0      0  -      -
 `, "\n"), text.String())
 }
 

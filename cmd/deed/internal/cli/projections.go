@@ -91,7 +91,7 @@ func (c *projectionsList) Validate() error {
 
 // Help is shown by deed projections --help.
 func (c *projectionsList) Help() string {
-	return `Shown is what is stored: a checkpoint that moved without an event for the projection is written some time later, so that a projection may be a little further than its position says. The lag is the number of positions up to the head of the log. A version of a projection has its number behind the name, as in report/v2; the active one is read. An owner is shown while it has the projection; on a store for one process at a time, that is nobody but this command.`
+	return `Shown is what is stored: a checkpoint that moved without an event for the projection is written some time later, so that a projection may be a little further than its position says. The lag is the number of positions up to the head of the log, and BEHIND how long ago the first of these events was appended. A version of a projection has its number behind the name, as in report/v2; the active one is read. An owner is shown while it has the projection; on a store for one process at a time, that is nobody but this command.`
 }
 
 // projectionInfo is what is told about one.
@@ -102,6 +102,8 @@ type projectionInfo struct {
 	Active   bool                `json:"active"`
 	Position eventstore.Position `json:"position"`
 	Lag      uint64              `json:"lag"`
+	// LagSeconds is how long ago the first event was appended that it has not passed.
+	LagSeconds float64 `json:"lag_seconds,omitempty"`
 	// PerSecond is how many positions it has moved a second since the look before,
 	// and SecondsLeft how long it takes to the head at that speed.
 	PerSecond   float64 `json:"per_second,omitempty"`
@@ -143,7 +145,7 @@ func (c *projectionsList) Run(ctx context.Context, e *Environment) (err error) {
 				s.Projections = append(s.Projections, inform(k, log, s.Head))
 			}
 		}
-		return s, nil
+		return s, s.age(ctx, store)
 	}
 	now, err := look()
 	if err != nil {
@@ -201,6 +203,31 @@ type sight struct {
 	at time.Time
 }
 
+// age fills in for how long the projections have been behind.
+func (s *sight) age(ctx context.Context, store eventstore.Store) error {
+	appended := map[eventstore.Position]time.Time{}
+	for i := range s.Projections {
+		p := &s.Projections[i]
+		if p.Lag == 0 {
+			continue
+		}
+		at, known := appended[p.Position]
+		for r, err := range store.Read(ctx, eventstore.All(), eventstore.ReadOptions{After: p.Position, Limit: 1}) {
+			if known {
+				break
+			}
+			if err != nil {
+				return err
+			}
+			at = r.Time
+		}
+		if appended[p.Position] = at; !at.IsZero() {
+			p.LagSeconds = max(0, s.at.Sub(at).Seconds())
+		}
+	}
+	return nil
+}
+
 // since fills in how fast the projections have moved.
 func (s *sight) since(before *sight) {
 	passed := s.at.Sub(before.at).Seconds()
@@ -218,7 +245,7 @@ func (s *sight) since(before *sight) {
 }
 
 func (s *sight) table(speed bool) *textTable {
-	columns := []column{{title: "PROJECTION"}, {title: "ACTIVE"}, {"POSITION", true}, {"HEAD", true}, {"LAG", true}}
+	columns := []column{{title: "PROJECTION"}, {title: "ACTIVE"}, {"POSITION", true}, {"HEAD", true}, {"LAG", true}, {"BEHIND", true}}
 	if speed {
 		columns = append(columns, column{"A SECOND", true}, column{"LEFT", true})
 	}
@@ -228,7 +255,7 @@ func (s *sight) table(speed bool) *textTable {
 		if p.Active {
 			active = "yes"
 		}
-		cells := []string{p.Name, active, count(p.Position), count(s.Head), count(p.Lag)}
+		cells := []string{p.Name, active, count(p.Position), count(s.Head), count(p.Lag), behind(p.LagSeconds)}
 		if speed {
 			left := "-"
 			if p.SecondsLeft > 0 {
@@ -239,6 +266,18 @@ func (s *sight) table(speed bool) *textTable {
 		t.add(append(cells, count(p.DeadLetters), count(p.Epoch), cmp.Or(p.Owner, "-"), cmp.Or(p.Problem, p.standing(), "-"))...)
 	}
 	return t
+}
+
+// behind tells seconds as people read them.
+func behind(seconds float64) string {
+	switch d := time.Duration(seconds * float64(time.Second)); {
+	case d <= 0:
+		return "-"
+	case d < time.Second:
+		return "< 1s"
+	default:
+		return d.Round(time.Second).String()
+	}
 }
 
 // standing says that the projection was told to stand still.

@@ -48,9 +48,9 @@ func TestVersions(t *testing.T) {
 		return o
 	}
 	require.Equal(t, strings.TrimPrefix(`
-PROJECTION  ACTIVE  POSITION  HEAD  LAG  DEAD LETTERS  EPOCH  OWNER  PROBLEM
-owners      -              2     2    0             0      2  -      -
-owners/v2   yes            2     2    0             0      1  -      -
+PROJECTION  ACTIVE  POSITION  HEAD  LAG  BEHIND  DEAD LETTERS  EPOCH  OWNER  PROBLEM
+owners      -              2     2    0       -             0      2  -      -
+owners/v2   yes            2     2    0       -             0      1  -      -
 `, "\n"), do(exitOK).stdout)
 	second := object(t, do(exitOK, "--json").stdout)["projections"].([]any)[1].(map[string]any)
 	require.Equal(t, 2.0, second["version"])
