@@ -73,9 +73,9 @@
 // allows; appending again with the same key then settles it.
 //
 // What decides about a write (the events of its stream, where it ends, its keys,
-// what became of a write that was cut off) is asked of the cluster's leader. A
-// node that follows names it, and from then on this process speaks to the leader,
-// whatever the nodePreference in the URL.
+// what became of a write that was cut off), and where the log ends, is asked of the
+// cluster's leader. A node that follows names it, and from then on this process
+// speaks to the leader, whatever the nodePreference in the URL.
 //
 // The id of the last event that eventstore.StreamAtEvent demands is compared here,
 // with the event that was read at that revision; the server then confirms that

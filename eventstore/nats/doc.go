@@ -112,6 +112,10 @@
 // together: a mirror of what the log was before it was restored may have answered. A
 // stream of more than 2,048 events, or 32 MiB, is read by pages, with headers.
 //
+// A category is read by pages of what the server selects by subject, and where it is
+// a third of the log or more by pages of everything: to select, the server looks at all
+// streams of the category for each message.
+//
 // # Appending
 //
 // Each commit demands what the last sequences of its streams are, also one
