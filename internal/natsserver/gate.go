@@ -12,12 +12,12 @@ import (
 // first bytes, in which a node names itself.
 type gate struct {
 	own      string
-	target   string
 	listener net.Listener
 	running  sync.WaitGroup
 
 	mu     sync.Mutex
 	closed bool
+	target string          // "" while the node is down
 	shutTo map[string]bool // names of nodes; "" for all
 	wires  map[*wire]struct{}
 }
@@ -27,14 +27,21 @@ type wire struct {
 	dialer, far net.Conn
 }
 
-func newGate(own string, port int) (*gate, error) {
+func newGate(own string) (*gate, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("listen for the routes of %s: %w", own, err)
 	}
-	g := &gate{own: own, target: fmt.Sprintf("127.0.0.1:%d", port), listener: listener, shutTo: map[string]bool{}, wires: map[*wire]struct{}{}}
+	g := &gate{own: own, listener: listener, shutTo: map[string]bool{}, wires: map[*wire]struct{}{}}
 	g.running.Go(g.accept)
 	return g, nil
+}
+
+// lead says where the node listens; "" while it does not.
+func (g *gate) lead(to string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.target = to
 }
 
 func (g *gate) address() string { return g.listener.Addr().String() }
@@ -51,7 +58,13 @@ func (g *gate) accept() {
 
 func (g *gate) carry(conn net.Conn) {
 	defer func() { _ = conn.Close() }()
-	far, err := net.Dial("tcp", g.target)
+	g.mu.Lock()
+	target := g.target
+	g.mu.Unlock()
+	if target == "" {
+		return
+	}
+	far, err := net.Dial("tcp", target)
 	if err != nil {
 		return
 	}

@@ -2,8 +2,8 @@
 // or a cluster of several on the loopback interface, whose nodes can be
 // stopped, started again and cut off from each other.
 //
-// It imports nothing of deed. Tests use it, and programs that keep their log in
-// an embedded server.
+// It imports nothing of deed but internal/freeport. Tests use it, and programs
+// that keep their log in an embedded server.
 package natsserver
 
 import (
@@ -11,7 +11,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -21,6 +20,8 @@ import (
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
+
+	"github.com/deed-go/deed/internal/freeport"
 )
 
 // Options say what to start. The zero value is one server with a directory of
@@ -62,8 +63,7 @@ type Cluster struct {
 type node struct {
 	name       string
 	directory  string
-	clientPort int // the one it was started with first, for restarts
-	routePort  int
+	clientPort int // the same after a restart
 	running    *server.Server
 	gate       *gate // other nodes reach this one through it
 }
@@ -101,15 +101,14 @@ func Start(o Options) (*Cluster, error) {
 
 func (c *Cluster) start() error {
 	for i := range c.options.Nodes {
-		n := &node{name: fmt.Sprintf("node-%d", i), directory: c.options.Directory, clientPort: server.RANDOM_PORT}
+		port, err := freeport.Find()
+		if err != nil {
+			return err
+		}
+		n := &node{name: fmt.Sprintf("node-%d", i), directory: c.options.Directory, clientPort: port}
 		if c.options.Nodes > 1 {
 			n.directory = filepath.Join(c.options.Directory, n.name)
-			port, err := freePort()
-			if err != nil {
-				return err
-			}
-			n.routePort = port
-			if n.gate, err = newGate(n.name, port); err != nil {
+			if n.gate, err = newGate(n.name); err != nil {
 				return err
 			}
 		}
@@ -121,15 +120,6 @@ func (c *Cluster) start() error {
 		}
 	}
 	return c.ready()
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, fmt.Errorf("find a free port: %w", err)
-	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().(*net.TCPAddr).Port, nil
 }
 
 // run starts a node that does not run.
@@ -146,7 +136,7 @@ func (c *Cluster) run(i int) error {
 	}
 	if c.options.Nodes > 1 {
 		o.Cluster = server.ClusterOpts{
-			Name: c.name, Host: "127.0.0.1", Port: n.routePort, Advertise: n.gate.address(), PoolSize: -1,
+			Name: c.name, Host: "127.0.0.1", Port: server.RANDOM_PORT, Advertise: n.gate.address(), PoolSize: -1,
 			Compression: server.CompressionOpts{Mode: server.CompressionOff},
 		}
 		for j, other := range c.nodes {
@@ -165,7 +155,9 @@ func (c *Cluster) run(i int) error {
 		s.WaitForShutdown()
 		return fmt.Errorf("NATS server %s did not start within %s", n.name, c.options.Patience)
 	}
-	n.clientPort = s.Addr().(*net.TCPAddr).Port
+	if n.gate != nil {
+		n.gate.lead(s.ClusterAddr().String())
+	}
 	n.running = s
 	return nil
 }
@@ -250,6 +242,9 @@ func (c *Cluster) Stop(i int) {
 func (c *Cluster) stop(i int) {
 	if s := c.nodes[i].running; s != nil {
 		c.nodes[i].running = nil
+		if g := c.nodes[i].gate; g != nil {
+			g.lead("")
+		}
 		s.Shutdown()
 		s.WaitForShutdown()
 	}

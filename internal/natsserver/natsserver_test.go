@@ -2,6 +2,8 @@ package natsserver_test
 
 import (
 	"context"
+	"net/url"
+	"strconv"
 	"testing"
 	"time"
 
@@ -81,4 +83,23 @@ func TestCluster_CutOff(t *testing.T) {
 	require.NoError(t, c.Settled(ctx, "x"))
 	require.NoError(t, c.StepDown("x"))
 	publish()
+}
+
+// Nothing but another server can take the port of a node that is down: its
+// clients find it where it was.
+func TestCluster_Ports(t *testing.T) {
+	c, err := natsserver.Start(natsserver.Options{Nodes: 3})
+	require.NoError(t, err)
+	defer c.Close()
+	for i := range 3 {
+		before := c.NodeURL(i)
+		at, err := url.Parse(before)
+		require.NoError(t, err)
+		port, err := strconv.Atoi(at.Port())
+		require.NoError(t, err)
+		require.Less(t, port, 32000, "those from 32768 on are given to outgoing connections")
+		c.Stop(i)
+		require.NoError(t, c.Start(i))
+		require.Equal(t, before, c.NodeURL(i))
+	}
 }

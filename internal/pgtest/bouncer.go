@@ -15,6 +15,8 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/deed-go/deed/internal/freeport"
 )
 
 // Bouncer starts PgBouncer in front of db's server and returns db's URL through
@@ -70,7 +72,7 @@ type bouncer struct {
 }
 
 func newBouncer(program string, config *pgconn.Config, settings Settings) (_ *bouncer, err error) {
-	port, err := freePort()
+	port, err := freeport.Find()
 	if err != nil {
 		return nil, err
 	}

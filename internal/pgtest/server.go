@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"net"
 	"net/url"
 	"os"
@@ -20,6 +19,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/deed-go/deed/internal/freeport"
 )
 
 // Settings are names and values of a configuration file.
@@ -233,7 +234,7 @@ func (s *server) start() error {
 			return err
 		}
 		if first {
-			if s.port, err = freePort(); err != nil {
+			if s.port, err = freeport.Find(); err != nil {
 				return err
 			}
 		}
@@ -401,20 +402,4 @@ func hasServer(dir string) bool {
 		}
 	}
 	return true
-}
-
-// freePort returns a port that nobody listens on now. It is none of those that
-// systems give to outgoing connections: while a server is down, its port must not
-// become the local end of one.
-func freePort() (int, error) {
-	var problem error
-	for range 100 {
-		port := 15000 + rand.IntN(17000)
-		listener, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
-		if err == nil {
-			return port, listener.Close()
-		}
-		problem = err
-	}
-	return 0, fmt.Errorf("find a free port: %w", problem)
 }

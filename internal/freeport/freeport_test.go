@@ -1,0 +1,28 @@
+package freeport_test
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/deed-go/deed/internal/freeport"
+)
+
+func TestFind(t *testing.T) {
+	var first, last int
+	if text, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
+		_, err = fmt.Sscan(string(text), &first, &last)
+		require.NoError(t, err)
+	}
+	for range 100 {
+		port, err := freeport.Find()
+		require.NoError(t, err)
+		require.False(t, first <= port && port <= last, "%d is of those that outgoing connections get", port)
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
+		require.NoError(t, err)
+		require.NoError(t, listener.Close())
+	}
+}
