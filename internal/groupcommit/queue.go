@@ -28,6 +28,7 @@ type Queue[T any] struct {
 	// Gather's own.
 	returning float64 // the part of a batch that is taken to come back at once
 	rests     int     // how often it did not wait
+	missed    bool    // the last wait was in vain
 }
 
 // Entry is one value on its way.
@@ -127,7 +128,7 @@ const (
 // answered when the other's batch is already taken. Gather waits, at most as
 // long as given (or a millisecond where timers are that coarse), until those who
 // were just answered are back, so that one batch holds both. When they do not
-// come back it stops waiting for them, and tries again after many batches.
+// come back twice in a row it stops waiting for them, and tries again after many batches.
 func (q *Queue[T]) Gather(most time.Duration, count, cost int) {
 	q.mu.Lock()
 	before, last := q.live, q.last
@@ -144,7 +145,7 @@ func (q *Queue[T]) Gather(most time.Duration, count, cost int) {
 			q.mu.Unlock()
 			return
 		}
-		q.returning, q.rests = 1, 0
+		q.returning, q.rests, q.missed = 1, 0, true
 	}
 	expected := min(int(float64(last)*q.returning+0.5), count-before)
 	q.wanted = before + expected
@@ -164,9 +165,13 @@ func (q *Queue[T]) Gather(most time.Duration, count, cost int) {
 	case <-q.ready: // told just after the time was up
 	default:
 	}
-	if got := q.live - before; got >= expected {
+	switch got := q.live - before; {
+	case got >= expected:
 		q.returning += (1 - q.returning) / 16
-	} else {
+		q.missed = false
+	case !q.missed:
+		q.missed = true // once is nothing: a collection of garbage may have kept them
+	default:
 		q.returning = float64(max(got, 0)) / float64(last)
 	}
 }
