@@ -17,7 +17,7 @@ type entry struct {
 	commit  eventstore.Commit
 	writes  []eventstore.Stream // the streams it writes, in the order of first mention
 	streams []eventstore.Stream // those, and the others its conditions are about
-	encoded []*encoded          // the events
+	encoded []encoded           // the events
 	most    int                 // messages at most
 	bytes   int
 	order   int // within the group it is written with
@@ -72,11 +72,34 @@ func (e *entry) abandon(cause error) {
 
 // Append implements eventstore.Store.
 func (s *Store) Append(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
-	return s.Enqueue(ctx, c).Result()
+	pending, e := s.accept(ctx, c)
+	if e == nil {
+		return pending.Result()
+	}
+	s.hand(e)
+	select {
+	case <-pending.Done():
+	case <-ctx.Done():
+		e.abandon(ctx.Err())
+	}
+	return pending.Result()
 }
 
 // Enqueue implements eventstore.Enqueuer.
 func (s *Store) Enqueue(ctx context.Context, c eventstore.Commit) *eventstore.Pending {
+	pending, e := s.accept(ctx, c)
+	if e == nil {
+		return pending
+	}
+	if ctx.Done() != nil {
+		e.stop = context.AfterFunc(ctx, func() { e.abandon(ctx.Err()) })
+	}
+	s.hand(e)
+	return pending
+}
+
+// accept returns no entry if the outcome is known already.
+func (s *Store) accept(ctx context.Context, c eventstore.Commit) (*eventstore.Pending, *entry) {
 	pending, resolve := eventstore.NewPending()
 	e, err := s.newEntry(c)
 	if err == nil {
@@ -84,16 +107,16 @@ func (s *Store) Enqueue(ctx context.Context, c eventstore.Commit) *eventstore.Pe
 	}
 	if err != nil {
 		resolve(eventstore.Receipt{}, err)
-		return pending
+		return pending, nil
 	}
 	e.done = resolve
-	if ctx.Done() != nil {
-		e.stop = context.AfterFunc(ctx, func() { e.abandon(ctx.Err()) })
-	}
+	return pending, e
+}
+
+func (s *Store) hand(e *entry) {
 	if !s.scheduler.put(e) {
 		e.finish(eventstore.Receipt{}, eventstore.ErrClosed)
 	}
-	return pending
 }
 
 // newEntry refuses what cannot be written.
@@ -102,13 +125,13 @@ func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &entry{commit: c, encoded: make([]*encoded, len(c.Events)), most: len(c.Events)}
+	e := &entry{commit: c, encoded: make([]encoded, len(c.Events)), most: len(c.Events)}
 	for i := range c.Events {
 		of := c.Events[i].Stream
 		if !slices.Contains(e.writes, of) {
 			e.writes = append(e.writes, of)
 		}
-		if e.encoded[i], err = s.subjects.encode(&c.Events[i]); err != nil {
+		if err = s.subjects.encode(&c.Events[i], &e.encoded[i]); err != nil {
 			return nil, err
 		}
 		n := e.encoded[i].size() + placeBytes
@@ -117,7 +140,7 @@ func (s *Store) newEntry(c eventstore.Commit) (*entry, error) {
 		}
 		e.bytes += n
 	}
-	e.streams = slices.Clone(e.writes)
+	e.streams = slices.Clip(e.writes)
 	for i := range c.Conditions {
 		condition := &c.Conditions[i]
 		if condition.Kind == eventstore.ConditionNoneMatch {

@@ -2,6 +2,8 @@ package nats
 
 import (
 	"bytes"
+	"encoding/binary"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -61,18 +63,20 @@ func checkOf(id uuid.UUID) uint32 { return crc32.ChecksumIEEE(id[:]) }
 
 func (m *message) isEvent() bool { return m.Type != "" }
 
-// encode returns what is sent of an event but for what depends on where it will
+// encode makes what is sent of an event but for what depends on where it will
 // be: version, pointers, expectation and batch.
-func (s subjects) encode(e *eventstore.Event) (*encoded, error) {
-	to := &encoded{subject: s.of(e.Stream), data: e.Data}
-	to.fixed = strconv.FormatInt(e.Time.UnixNano(), 10) + " " + e.ID.String()
+func (s subjects) encode(e *eventstore.Event, to *encoded) error {
+	to.subject, to.data = s.of(e.Stream), e.Data
 	lines := make([]byte, 0, len(to.subject)+len(e.Type)+256)
+	lines = append(strconv.AppendInt(lines, e.Time.UnixNano(), 10), ' ')
+	lines = appendID(lines, e.ID)
+	fixed := len(lines)
 	lines = append(append(lines, to.subject[len(s.prefix)+1:]...), '\n')
 	lines = append(append(lines, e.Type...), '\n')
 	if len(e.Tags) > 0 {
 		tags, err := json.Marshal(e.Tags)
 		if err != nil {
-			return nil, fmt.Errorf("%w: event %q: its tags do not encode: %w", eventstore.ErrInvalid, e.Type, err)
+			return fmt.Errorf("%w: event %q: its tags do not encode: %w", eventstore.ErrInvalid, e.Type, err)
 		}
 		lines = appendLine(lines, lineTags, string(tags))
 	}
@@ -80,12 +84,21 @@ func (s subjects) encode(e *eventstore.Event) (*encoded, error) {
 		lines = append(lines, lineMetadata+" "...)
 		var err error
 		if lines, err = e.Metadata.AppendJSON(lines); err != nil {
-			return nil, fmt.Errorf("%w: event %q: its metadata does not encode: %w", eventstore.ErrInvalid, e.Type, err)
+			return fmt.Errorf("%w: event %q: its metadata does not encode: %w", eventstore.ErrInvalid, e.Type, err)
 		}
 		lines = append(lines, '\n')
 	}
-	to.lines = lines
-	return to, nil
+	to.fixed, to.lines = lines[:fixed:fixed], lines[fixed:]
+	return nil
+}
+
+// appendID writes the id as its String does.
+func appendID(to []byte, id uuid.UUID) []byte {
+	to = append(hex.AppendEncode(to, id[:4]), '-')
+	to = append(hex.AppendEncode(to, id[4:6]), '-')
+	to = append(hex.AppendEncode(to, id[6:8]), '-')
+	to = append(hex.AppendEncode(to, id[8:10]), '-')
+	return hex.AppendEncode(to, id[10:])
 }
 
 func appendLine(to []byte, name, value string) []byte {
@@ -97,7 +110,7 @@ func appendLine(to []byte, name, value string) []byte {
 // not changed: each message made of it has a payload of its own.
 type encoded struct {
 	subject string
-	fixed   string // of the first line: time and id
+	fixed   []byte // of the first line: time and id
 	lines   []byte // the second one, and others
 	data    []byte
 }
@@ -127,7 +140,7 @@ func (e *encoded) payload(at place) []byte {
 	to = append(to, ' ')
 	to = append(to, e.fixed...)
 	if at.version > 1 {
-		to = fmt.Appendf(to, " %08x", at.before)
+		to = hex.AppendEncode(append(to, ' '), binary.BigEndian.AppendUint32(nil, at.before))
 		to = at.previous.append(to, at.number)
 	}
 	to = append(to, '\n')

@@ -32,7 +32,8 @@ func TestMessage_StoredForm(t *testing.T) {
 	last := uuid.MustParse("0199c0de-0000-7000-8000-000000c0ffee")
 	before := checkOf(last)
 
-	written, err := names.encode(&e)
+	var written encoded
+	err := names.encode(&e, &written)
 	require.NoError(t, err)
 	require.Equal(t, subject, written.subject)
 	at := place{version: 3, before: before, previous: trail{17, 9}, index: 1, count: 1}
@@ -140,7 +141,8 @@ func FuzzDecode(f *testing.F) {
 		}
 		_, err = names.decode(names.of(m.Stream), sequence, payload)
 		require.NoError(t, err)
-		written, err := names.encode(&eventstore.Event{ID: m.ID, Stream: m.Stream, Type: m.Type, Tags: m.Tags, Data: m.Data, Metadata: m.Metadata, Time: m.Time})
+		var written encoded
+		err = names.encode(&eventstore.Event{ID: m.ID, Stream: m.Stream, Type: m.Type, Tags: m.Tags, Data: m.Data, Metadata: m.Metadata, Time: m.Time}, &written)
 		if err != nil {
 			return // tags or metadata that no event has
 		}

@@ -179,7 +179,8 @@ func TestLoad_OfAnotherPast(t *testing.T) {
 					}
 					e := eventstore.Event{ID: m.ID, Stream: m.Stream, Type: m.Type, Data: []byte("another"), Time: m.Time}
 					change(m, &e)
-					written, err := names.encode(&e)
+					var written encoded
+					err = names.encode(&e, &written)
 					if err == nil {
 						answer.Data = written.payload(place{version: m.Version, before: m.before, previous: m.previous, index: 1, count: 1})
 					}

@@ -3,6 +3,7 @@ package nats
 import (
 	"context"
 	"fmt"
+	"iter"
 	"slices"
 	"strconv"
 
@@ -19,7 +20,50 @@ type plan struct {
 	receipts []eventstore.Receipt // of the entries, with the numbers of messages, from 0 on, for positions
 	held     []held
 	left     []*entry // for later plans
-	tracks   map[eventstore.Stream]*track
+	tracks   tracks
+
+	// Most plans are one event.
+	message [1]*client.Msg
+	entry   [1]*entry
+	receipt [1]eventstore.Receipt
+}
+
+// tracks are those of a plan, by stream. Most plans are about one.
+type tracks struct {
+	of     eventstore.Stream
+	first  *track
+	others map[eventstore.Stream]*track
+}
+
+func (t *tracks) get(of eventstore.Stream) *track {
+	if t.first != nil && t.of == of {
+		return t.first
+	}
+	return t.others[of]
+}
+
+func (t *tracks) put(of eventstore.Stream, new *track) {
+	if t.first == nil {
+		t.of, t.first = of, new
+		return
+	}
+	if t.others == nil {
+		t.others = map[eventstore.Stream]*track{}
+	}
+	t.others[of] = new
+}
+
+func (t *tracks) all() iter.Seq2[eventstore.Stream, *track] {
+	return func(yield func(eventstore.Stream, *track) bool) {
+		if t.first == nil || !yield(t.of, t.first) {
+			return
+		}
+		for of, other := range t.others {
+			if !yield(of, other) {
+				return
+			}
+		}
+	}
 }
 
 // held is an entry whose outcome is what it is if the plan is written.
@@ -38,10 +82,12 @@ type track struct {
 	trail   trail // of the next event
 	events  []int // the numbers of its messages
 	keys    map[string]int
+	event   [1]int // room for the first of events
 }
 
 func (t *track) reset(base head, fresh bool) {
 	*t = track{base: base, fresh: fresh, version: base.version, last: base.last, trail: base.previous}
+	t.events = t.event[:0]
 }
 
 // revision returns where the stream is within the plan, once its first message
@@ -59,7 +105,8 @@ func (t *track) revision(first uint64) eventstore.Revision {
 // Those that fail for certain are told so. known are the streams whose
 // remembered head was read after the entries were taken.
 func (s *Store) plan(ctx context.Context, pending []*entry, known map[eventstore.Stream]bool, alone bool) (*plan, error) {
-	p := &plan{tracks: map[eventstore.Stream]*track{}}
+	p := &plan{}
+	p.messages, p.entries, p.receipts = p.message[:0], p.entry[:0], p.receipt[:0]
 	if err := s.track(ctx, p, pending, known); err != nil {
 		return nil, err
 	}
@@ -81,11 +128,11 @@ func (s *Store) track(ctx context.Context, p *plan, pending []*entry, known map[
 	var unknown []eventstore.Stream
 	for _, e := range pending {
 		for _, of := range e.streams {
-			if p.tracks[of] != nil {
+			if p.tracks.get(of) != nil {
 				continue
 			}
 			t := new(track)
-			p.tracks[of] = t
+			p.tracks.put(of, t)
 			if h, ok := s.heads.get(of); ok {
 				t.reset(h, known[of])
 			} else if !slices.ContainsFunc(e.commit.Conditions, func(c eventstore.Condition) bool {
@@ -109,7 +156,7 @@ func (s *Store) reread(ctx context.Context, p *plan, streams []eventstore.Stream
 	}
 	for i, of := range streams {
 		known[of] = true
-		p.tracks[of].reset(read[i], true)
+		p.tracks.get(of).reset(read[i], true)
 	}
 	return nil
 }
@@ -118,7 +165,7 @@ func (s *Store) reread(ctx context.Context, p *plan, streams []eventstore.Stream
 func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventstore.Stream]bool) error {
 	looked := false
 	for {
-		if t := p.tracks[e.writes[0]]; e.sent && t.base.sequence != e.base.sequence {
+		if t := p.tracks.get(e.writes[0]); e.sent && t.base.sequence != e.base.sequence {
 			if t.base.sequence < e.base.sequence { // nothing can be concluded from it
 				return errRewound(e.writes[0], e.base, t.base)
 			}
@@ -134,7 +181,7 @@ func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventsto
 		}
 		failed := -1
 		for i := range e.commit.Conditions {
-			if !holds(&e.commit.Conditions[i], p.tracks[e.commit.Conditions[i].Stream]) {
+			if !holds(&e.commit.Conditions[i], p.tracks.get(e.commit.Conditions[i].Stream)) {
 				failed = i
 				break
 			}
@@ -145,11 +192,11 @@ func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventsto
 		}
 		var stale []eventstore.Stream
 		for _, of := range e.streams {
-			if t := p.tracks[of]; !t.fresh && !t.guarded {
+			if t := p.tracks.get(of); !t.fresh && !t.guarded {
 				stale = append(stale, of)
 			}
 		}
-		if first := e.writes[0]; len(stale) == 0 && e.uncertain && !looked && !p.tracks[first].guarded {
+		if first := e.writes[0]; len(stale) == 0 && e.uncertain && !looked && !p.tracks.get(first).guarded {
 			// It may have been written since its first stream was looked at: that is looked
 			// at once more, now that another one is known to have moved.
 			looked, stale = true, []eventstore.Stream{first}
@@ -161,7 +208,7 @@ func (s *Store) judge(ctx context.Context, p *plan, e *entry, known map[eventsto
 			continue
 		}
 		c := &e.commit.Conditions[failed]
-		t := p.tracks[c.Stream]
+		t := p.tracks.get(c.Stream)
 		if e.uncertain && len(t.events) == 0 && t.base.sequence == e.bases[slices.Index(e.streams, c.Stream)] {
 			// It was sent behind another commit that has been given up since. Both may
 			// arrive yet, and the condition holds then.
@@ -201,7 +248,7 @@ func holds(c *eventstore.Condition, t *track) bool {
 // judgeKey reports whether the key decides the entry's outcome.
 func (s *Store) judgeKey(ctx context.Context, p *plan, e *entry) (bool, error) {
 	key, first := e.commit.Key, e.writes[0]
-	t := p.tracks[first]
+	t := p.tracks.get(first)
 	if n, ok := t.keys[key]; ok {
 		earlier, receipt := p.entries[n], p.receipts[n]
 		p.held = append(p.held, held{e, func(first uint64) (eventstore.Receipt, error) {
@@ -238,9 +285,14 @@ func duplicate(first eventstore.Receipt) eventstore.Receipt {
 
 // placed turns numbers of messages into positions.
 func placed(r eventstore.Receipt, first uint64) eventstore.Receipt {
+	r.Revisions = slices.Clone(r.Revisions)
+	return inPlace(r, first)
+}
+
+// inPlace is placed for a receipt that nobody needs as it was.
+func inPlace(r eventstore.Receipt, first uint64) eventstore.Receipt {
 	r.First += eventstore.Position(first)
 	r.Last += eventstore.Position(first)
-	r.Revisions = slices.Clone(r.Revisions)
 	for i := range r.Revisions {
 		r.Revisions[i].Revision.Position += eventstore.Position(first)
 	}
@@ -255,7 +307,7 @@ func (p *plan) add(names subjects, e *entry) {
 	start := len(p.messages)
 	var guards []eventstore.Stream
 	for _, of := range e.streams[len(e.writes):] {
-		if t := p.tracks[of]; !t.guarded {
+		if t := p.tracks.get(of); !t.guarded {
 			t.guarded = true
 			guards = append(guards, of)
 		}
@@ -263,14 +315,14 @@ func (p *plan) add(names subjects, e *entry) {
 	count := len(guards) + len(e.commit.Events)
 	for i, of := range guards {
 		p.messages = append(p.messages, &client.Msg{Subject: names.conditions(), Data: appendIndex(nil, i+1, count), Header: client.Header{
-			headerExpected:        {strconv.FormatUint(p.tracks[of].base.sequence, 10)},
+			headerExpected:        {strconv.FormatUint(p.tracks.get(of).base.sequence, 10)},
 			headerExpectedSubject: {names.of(of)},
 		}})
 	}
 	receipt := eventstore.Receipt{First: eventstore.Position(len(p.messages)), Fingerprint: e.commit.Fingerprint}
 	for i := range e.commit.Events {
 		number := len(p.messages)
-		event, t := &e.commit.Events[i], p.tracks[e.commit.Events[i].Stream]
+		event, t := &e.commit.Events[i], p.tracks.get(e.commit.Events[i].Stream)
 		at := place{version: t.version + 1, before: checkOf(t.last), previous: t.trail, number: number, index: number - start + 1, count: count}
 		if i == 0 && e.commit.Key != "" {
 			at.key, at.fingerprint = e.commit.Key, e.commit.Fingerprint
@@ -297,10 +349,10 @@ func (p *plan) add(names subjects, e *entry) {
 		receipt.Revisions[of].Revision = eventstore.Revision{Version: t.version, Position: eventstore.Position(number)}
 		receipt.Last = eventstore.Position(number)
 	}
-	e.base = p.tracks[e.writes[0]].base
+	e.base = p.tracks.get(e.writes[0]).base
 	e.bases = e.bases[:0]
 	for _, of := range e.streams {
-		e.bases = append(e.bases, p.tracks[of].base.sequence)
+		e.bases = append(e.bases, p.tracks.get(of).base.sequence)
 	}
 	p.entries = append(p.entries, e)
 	p.receipts = append(p.receipts, receipt)
@@ -309,7 +361,7 @@ func (p *plan) add(names subjects, e *entry) {
 // streams returns those that the plan is about.
 func (p *plan) streams() []eventstore.Stream {
 	var all []eventstore.Stream
-	for of, t := range p.tracks {
+	for of, t := range p.tracks.all() {
 		if t.guarded {
 			all = append(all, of)
 		}

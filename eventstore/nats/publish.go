@@ -71,7 +71,9 @@ func (s *Store) execute(group []*entry) (last answered) {
 	var trouble error
 	wait, fruitless, busy := time.Millisecond, 0, 0
 	for {
-		pending = slices.DeleteFunc(slices.Clone(pending), (*entry).isDone)
+		if slices.ContainsFunc(pending, (*entry).isDone) {
+			pending = slices.DeleteFunc(slices.Clone(pending), (*entry).isDone)
+		}
 		if len(pending) == 0 {
 			return last
 		}
@@ -326,11 +328,13 @@ func (s *Store) record(p *plan, first uint64, known map[eventstore.Stream]bool) 
 	s.saw(newest)
 	events := p.entries[len(p.entries)-1].commit.Events
 	s.newest.see(newest, events[len(events)-1].ID)
-	for of, t := range p.tracks {
+	for of, t := range p.tracks.all() {
 		if !t.guarded {
 			continue
 		}
-		known[of] = true
+		if len(p.left) > 0 { // for those who come next
+			known[of] = true
+		}
 		if len(t.events) == 0 {
 			s.heads.set(of, t.base)
 			continue
@@ -350,7 +354,11 @@ func (s *Store) record(p *plan, first uint64, known map[eventstore.Stream]bool) 
 		s.heads.set(of, now)
 	}
 	for i, e := range p.entries {
-		e.finish(placed(p.receipts[i], first), nil)
+		if len(p.held) > 0 { // which need the receipts as they are
+			e.finish(placed(p.receipts[i], first), nil)
+		} else {
+			e.finish(inPlace(p.receipts[i], first), nil)
+		}
 	}
 	for _, h := range p.held {
 		h.entry.finish(h.outcome(first))
@@ -368,7 +376,7 @@ func (s *Store) moved(p *plan, known map[eventstore.Stream]bool) (bool, error) {
 	}
 	moved := false
 	for i, of := range streams {
-		if h := read[i]; h.sequence != p.tracks[of].base.sequence {
+		if h := read[i]; h.sequence != p.tracks.get(of).base.sequence {
 			moved = true
 			known[of] = true
 		}
