@@ -45,10 +45,15 @@ func (o *goesOrder) placed(e event.Of[order]) {
 	o.events++
 }
 
+type goesPlace struct {
+	id uuid.UUID
+	n  int // commands it has had
+}
+
 // openGoes sends commands through the repository, as the library's handlers
 // do: load the aggregate, decide, append. An aggregate gets twenty commands,
 // then there is a new one, so that the streams loaded have ten events on
-// average.
+// average. A caller has one at a time, or its part of p.Streams in turn.
 func openGoes(ctx context.Context, p params) (*job, error) {
 	data, _, err := newOrder(p.Payload)
 	if err != nil {
@@ -80,20 +85,44 @@ func openGoes(ctx context.Context, p params) (*job, error) {
 	if length == 0 {
 		length = goesEvents
 	}
-	type place struct {
-		id uuid.UUID
-		n  int
+	places := make([][]goesPlace, p.Writers)
+	prepared := int64(0)
+	for w := range places {
+		places[w] = make([]goesPlace, max(1, p.Streams/p.Writers))
+		if len(places[w]) == 1 {
+			continue
+		}
+		// As many events as each would have by now if commands had gone on for long.
+		for i := range places[w] {
+			at := &places[w][i]
+			at.id, at.n = newID(), 2*length*i/len(places[w])
+			if at.n == 0 {
+				continue
+			}
+			err := orders.Use(ctx, at.id, func(o *goesOrder) error {
+				for range at.n {
+					aggregate.Next(o, orderType, data)
+				}
+				return nil
+			})
+			if err != nil {
+				pool.Close()
+				return nil, err
+			}
+			prepared += int64(at.n)
+		}
 	}
-	places := make([]place, p.Writers)
+	turns := make([]int, p.Writers)
 	return &job{
 		durability: "fsync=" + fsync + ", synchronous_commit=" + commit,
-		notes:      fmt.Sprintf("streams of %d on average", length),
+		notes:      fmt.Sprintf("streams of %d on average, %d at once", length, max(p.Writers, p.Streams)),
 		close: func() error {
 			pool.Close()
 			return nil
 		},
 		op: func(ctx context.Context, worker int) (int, error) {
-			at := &places[worker]
+			at := &places[worker][turns[worker]%len(places[worker])]
+			turns[worker]++
 			if at.n%(2*length) == 0 {
 				at.id = newID()
 			}
@@ -115,8 +144,8 @@ func openGoes(ctx context.Context, p params) (*job, error) {
 			if err := pool.QueryRow(ctx, "SELECT count(*) FROM events").Scan(&n); err != nil {
 				return err
 			}
-			if n != done {
-				return fmt.Errorf("the table has %d events, but %d commands were executed", n, done)
+			if n != done+prepared {
+				return fmt.Errorf("the table has %d events, but there were %d, and %d commands were executed", n, prepared, done)
 			}
 			return nil
 		},

@@ -69,6 +69,7 @@ var (
 	execute64 = &spec{name: "deed execute, 64 callers, 1,000 aggregates", workload: "execute", store: "postgres", args: append(writers(64), "--aggregates", "1000")}
 	execute16 = &spec{name: "deed execute, 16 callers", workload: "execute", store: "postgres", args: append(writers(16), "--aggregates", "1000")}
 	goes16    = &spec{name: "goes, 16 callers, streams of 10 on average", bench: "goes-execute", store: "postgres", args: append(writers(16), "--events", "10")}
+	goes1000  = &spec{name: "goes, 16 callers, 1,000 streams of 10 on average", bench: "goes-execute", store: "postgres", args: append(writers(16), "--events", "10", "--streams", "1000")}
 	bare16    = &spec{name: "16 events a COPY, no callers", bench: "bare-copy", store: "postgres", args: writers(1)}
 
 	liveSame  = &spec{name: "deed live, same process", workload: "live", store: "postgres", args: writers(1)}
@@ -125,6 +126,7 @@ var rows = []row{
 	{id: "10a", title: "execute, 64 callers, against append, both 1,000 streams", deed: execute64, base: append1000, floor: 0.8, goal: 1},
 	{id: "10b", title: "execute, 64 callers, against append to 64 streams", deed: execute64, base: append64},
 	{id: "11", title: "execute, 16 callers, against goes", deed: execute16, base: goes16, floor: 8, goal: 14},
+	{id: "11a", title: "execute, 16 callers, against goes, both 1,000 streams", deed: execute16, base: goes1000},
 	{id: "11b", title: "at most: a COPY of what 16 callers bring, without callers, against goes", deed: bare16, base: goes16},
 	{id: "12", title: "live in the same process, p50 after the acknowledgement", deed: liveSame, floor: 0.050, goal: 0.005},
 	{id: "13", title: "live in another process, p50 after the acknowledgement", deed: liveOther, floor: 0.5, goal: 0.25},
