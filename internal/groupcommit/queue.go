@@ -128,7 +128,8 @@ const (
 // answered when the other's batch is already taken. Gather waits, at most as
 // long as given (or a millisecond where timers are that coarse), until those who
 // were just answered are back, so that one batch holds both. When they do not
-// come back twice in a row it stops waiting for them, and tries again after many batches.
+// come back twice in a row it waits for no more than did, or, when these are few, for
+// nobody, and tries again after many batches.
 func (q *Queue[T]) Gather(most time.Duration, count, cost int) {
 	q.mu.Lock()
 	before, last := q.live, q.last

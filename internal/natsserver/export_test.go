@@ -12,3 +12,9 @@ func (c *Cluster) Leaders(stream string) int {
 	}
 	return leaders
 }
+
+// WithPorts says where ports come from, and what is to be called when one is taken.
+func WithPorts(o Options, find func() (int, error), refused func()) Options {
+	o.find, o.refused = find, refused
+	return o
+}

@@ -42,6 +42,9 @@ type Options struct {
 	MaxPayload int32
 	// Patience is how long starting may take; 30 seconds by default.
 	Patience time.Duration
+
+	find    func() (int, error) // a port
+	refused func()              // is called when a port is taken
 }
 
 // System is the user of the system account, whose password is the same: it may
@@ -64,6 +67,7 @@ type node struct {
 	name       string
 	directory  string
 	clientPort int // the same after a restart
+	began      bool
 	running    *server.Server
 	gate       *gate // other nodes reach this one through it
 }
@@ -81,6 +85,9 @@ func Start(o Options) (*Cluster, error) {
 	}
 	if o.Patience == 0 {
 		o.Patience = 30 * time.Second
+	}
+	if o.find == nil {
+		o.find = freeport.Find
 	}
 	c := &Cluster{options: o}
 	if o.Directory == "" {
@@ -101,7 +108,7 @@ func Start(o Options) (*Cluster, error) {
 
 func (c *Cluster) start() error {
 	for i := range c.options.Nodes {
-		port, err := freeport.Find()
+		port, err := c.options.find()
 		if err != nil {
 			return err
 		}
@@ -122,8 +129,30 @@ func (c *Cluster) start() error {
 	return c.ready()
 }
 
-// run starts a node that does not run.
+// errPort says that somebody else listens where the node should.
+var errPort = errors.New("its port is taken")
+
+// run starts a node that does not run. One whose port is taken gets another one
+// when it starts first, and waits for it when it starts again.
 func (c *Cluster) run(i int) error {
+	n := c.nodes[i]
+	for deadline := time.Now().Add(c.options.Patience); ; {
+		err := c.attempt(i)
+		if !errors.Is(err, errPort) || time.Now().After(deadline) {
+			return err
+		}
+		if refused := c.options.refused; refused != nil {
+			refused()
+		}
+		if n.began {
+			time.Sleep(20 * time.Millisecond)
+		} else if n.clientPort, err = c.options.find(); err != nil {
+			return err
+		}
+	}
+}
+
+func (c *Cluster) attempt(i int) error {
 	n := c.nodes[i]
 	system := server.NewAccount("$SYS")
 	o := &server.Options{
@@ -149,12 +178,19 @@ func (c *Cluster) run(i int) error {
 	if err != nil {
 		return fmt.Errorf("start NATS server %s: %w", n.name, err)
 	}
+	var failure failure
+	s.SetLogger(&failure, false, false)
 	s.Start()
-	if !s.ReadyForConnections(c.options.Patience) {
+	err = failure.err()
+	if err == nil && !s.ReadyForConnections(c.options.Patience) {
+		err = fmt.Errorf("not within %s", c.options.Patience)
+	}
+	if err != nil {
 		s.Shutdown()
 		s.WaitForShutdown()
-		return fmt.Errorf("NATS server %s did not start within %s", n.name, c.options.Patience)
+		return fmt.Errorf("start NATS server %s: %w", n.name, err)
 	}
+	n.began = true
 	if n.gate != nil {
 		n.gate.lead(s.ClusterAddr().String())
 	}

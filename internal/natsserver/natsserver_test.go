@@ -2,6 +2,7 @@ package natsserver_test
 
 import (
 	"context"
+	"net"
 	"net/url"
 	"strconv"
 	"testing"
@@ -10,6 +11,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/stretchr/testify/require"
 
+	"github.com/deed-go/deed/internal/freeport"
 	"github.com/deed-go/deed/internal/natsserver"
 )
 
@@ -83,6 +85,37 @@ func TestCluster_CutOff(t *testing.T) {
 	require.NoError(t, c.Settled(ctx, "x"))
 	require.NoError(t, c.StepDown("x"))
 	publish()
+}
+
+// A port may be taken by another process between being found and being used, and
+// while the node is down.
+func TestStart_PortTaken(t *testing.T) {
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer func() { _ = taken.Close() }()
+	tries, refused := 0, make(chan struct{}, 100)
+	c, err := natsserver.Start(natsserver.WithPorts(natsserver.Options{}, func() (int, error) {
+		if tries++; tries == 1 {
+			return taken.Addr().(*net.TCPAddr).Port, nil
+		}
+		return freeport.Find()
+	}, func() { refused <- struct{}{} }))
+	require.NoError(t, err)
+	defer c.Close()
+	require.Equal(t, 2, tries)
+	<-refused
+
+	c.Stop(0)
+	at, err := url.Parse(c.URL())
+	require.NoError(t, err)
+	other, err := net.Listen("tcp", at.Host)
+	require.NoError(t, err)
+	go func() {
+		<-refused
+		_ = other.Close()
+	}()
+	require.NoError(t, c.Start(0))
+	require.Equal(t, "nats://"+at.Host, c.URL(), "it is where its clients look for it")
 }
 
 // Nothing but another server can take the port of a node that is down: its
