@@ -7,6 +7,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/metatest"
 	"github.com/deed-go/deed/internal/natsserver"
 )
 
@@ -32,6 +33,7 @@ func scattered(tb testing.TB, store *Store, streams, accounts, others int) {
 // A category is read whole, and by its pattern where it is rare: what comes is the
 // same, wherever the reading begins and ends.
 func TestScanner_DenseAndRare(t *testing.T) {
+	metatest.NotRaced(t)
 	t.Parallel()
 	c, err := natsserver.Start(natsserver.Options{})
 	require.NoError(t, err)

@@ -10,6 +10,7 @@ import (
 	sqlite3 "modernc.org/sqlite/lib"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/metatest"
 )
 
 // explain returns SQLite's plan for a statement, a line a step.
@@ -130,6 +131,7 @@ func TestStore_Read_ManyItems(t *testing.T) {
 
 // The largest queries that are allowed can be read, and be a condition.
 func TestStore_LargestQueries(t *testing.T) {
+	metatest.NotRaced(t)
 	t.Parallel()
 	s := open(t, filepath.Join(t.TempDir(), "log.db"))
 	names := func(prefix string, n int) []string {

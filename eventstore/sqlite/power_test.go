@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/deed-go/deed/internal/metatest"
 )
 
 func synchronous(mode string) Option {
@@ -85,6 +87,9 @@ func TestStore_PowerLoss(t *testing.T) {
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	cuts := 40
+	if metatest.Raced() {
+		cuts = 10
+	}
 	if os.Getenv("DEED_TEST_LONG") != "" {
 		cuts = 150
 	}

@@ -23,6 +23,7 @@ import (
 
 	"github.com/deed-go/deed"
 	"github.com/deed-go/deed/eventstore/sqlite"
+	"github.com/deed-go/deed/internal/metatest"
 )
 
 // TestMain lets the test binary be the program itself, so that it can be
@@ -261,6 +262,7 @@ func TestInterrupted_JudgesNothingMore(t *testing.T) {
 
 // TestInterrupted_SaysHowToContinue looks at what a user sees.
 func TestInterrupted_SaysHowToContinue(t *testing.T) {
+	metatest.NotRaced(t)
 	t.Parallel()
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()

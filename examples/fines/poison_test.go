@@ -14,6 +14,7 @@ import (
 	"github.com/deed-go/deed"
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/sqlite"
+	"github.com/deed-go/deed/internal/metatest"
 	"github.com/deed-go/deed/projection"
 )
 
@@ -21,6 +22,7 @@ import (
 // it aside with the later events of its fine and complete the rest; once it is
 // put right, one call for each view makes the report what it should be.
 func TestPoison(t *testing.T) {
+	metatest.NotRaced(t)
 	t.Parallel()
 	file := filepath.Join(t.TempDir(), "fines.db")
 	var stdout, stderr bytes.Buffer

@@ -17,6 +17,7 @@ import (
 	"github.com/deed-go/deed"
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/sqlite"
+	"github.com/deed-go/deed/internal/metatest"
 	"github.com/deed-go/deed/projection"
 	"github.com/deed-go/deed/query"
 )
@@ -167,6 +168,7 @@ func readMonths(app *deed.App, stop <-chan struct{}, lists *atomic.Int64) error 
 
 // What a user sees of it.
 func TestVersions_Program(t *testing.T) {
+	metatest.NotRaced(t)
 	t.Parallel()
 	expected := expectedSample(t)
 	db := filepath.Join(t.TempDir(), "fines.db")
