@@ -210,6 +210,7 @@ func TestKilled(t *testing.T) {
 // TestInterrupted stops a replay after some dates, as SIGINT does, and goes on
 // with the same file.
 func TestInterrupted(t *testing.T) {
+	metatest.NotRaced(t)
 	t.Parallel()
 	log, err := io.ReadAll(openLog(t, sampleName))
 	require.NoError(t, err)
