@@ -1048,8 +1048,8 @@ func TestChecks_NoticeBrokenStores(t *testing.T) {
 			for _, name := range x.fails {
 				c, ok := checks[name]
 				require.True(t, ok, "there is no check %q", name)
-				if testing.Short() && strings.HasPrefix(name, "Random/") {
-					continue // so few operations need not come upon it
+				if testing.Short() && (strings.HasPrefix(name, "Random/") || strings.HasPrefix(name, "Concurrency/")) {
+					continue // which so few operations need not come upon
 				}
 				s := x.suite()
 				s.bubble = func(outer testing.TB, fn func(testing.TB)) {
