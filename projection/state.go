@@ -43,8 +43,8 @@ type State interface {
 	// that one after another: what follows a read that follows the write sees what
 	// the earlier ones have done.
 	Update(ctx context.Context, fn func(StateTx) error) error
-	// View runs fn on a consistent snapshot of committed updates. Writing in it
-	// fails. fn must not keep the transaction, and must not call Update.
+	// View runs fn, at most once, on a consistent snapshot of committed updates.
+	// Writing in it fails. fn must not keep the transaction, and must not call Update.
 	View(ctx context.Context, fn func(StateTx) error) error
 
 	// Acquire takes the lease of the name for the owner, for ttl from now (0: until
