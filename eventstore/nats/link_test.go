@@ -16,7 +16,6 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
-	"github.com/deed-go/deed/internal/metatest"
 )
 
 // link is between a client and a server that is reached at so many bytes a second.
@@ -78,7 +77,6 @@ func large(t *testing.T, s *Store, streams, events, bytes int) {
 // process off, which would end everything else on the connection too: many loads
 // over a network, and one over a slow one.
 func TestLoad_OverALink(t *testing.T) {
-	metatest.NotRaced(t)
 	t.Parallel()
 	type load struct{ loads, events, bytes, perSecond int }
 	tests := []load{{32, 64, 48 << 10, 110 << 20}, {8, 24, 900 << 10, 110 << 20}, {1, 16, 1 << 20, 10 << 20}}

@@ -212,10 +212,10 @@ func (b *bed) size() int {
 	return b.cable.measure()
 }
 
-// The connection breaks after every byte of a batch in turn, the last one too,
-// so that the batch is written and nobody is told. Whoever appended gets the
+// The connection breaks after bytes of a batch in turn (cutPoints), the last one
+// too, so that the batch is written and nobody is told. Whoever appended gets the
 // outcome all the same.
-func TestStore_Append_CutAtEveryByte(t *testing.T) {
+func TestStore_Append_Cut(t *testing.T) {
 	t.Parallel()
 	for _, f := range forms {
 		t.Run(f.String(), func(t *testing.T) {
@@ -234,9 +234,10 @@ func TestStore_Append_CutAtEveryByte(t *testing.T) {
 	}
 }
 
-// The answer is cut after every byte of it in turn: the server has said what
-// became of the batch, or a part of it, and the client has heard as much.
-func TestStore_Append_AnswerCutAtEveryByte(t *testing.T) {
+// The answer is cut after its bytes in turn, all of them in the long run: the
+// server has said what became of the batch, or a part of it, and the client has
+// heard as much.
+func TestStore_Append_AnswerCut(t *testing.T) {
 	t.Parallel()
 	for _, f := range forms {
 		t.Run(f.String(), func(t *testing.T) {
@@ -287,9 +288,9 @@ func stride(long_, short int) int {
 }
 
 // A batch that is refused, because a stream that was taken for new is not, is
-// cut after every byte of all that is said until it has its answers, and the
-// refusal after every byte as well.
-func TestStore_Append_CutAtEveryByteOfACollision(t *testing.T) {
+// cut after bytes (cutPoints) of all that is said until it has its answers, and the
+// refusal after every seventh in the long run.
+func TestStore_Append_CutInACollision(t *testing.T) {
 	t.Parallel()
 	for _, f := range forms {
 		t.Run(f.String(), func(t *testing.T) {

@@ -212,16 +212,16 @@ func (s *sight) age(ctx context.Context, store eventstore.Store) error {
 			continue
 		}
 		at, known := appended[p.Position]
-		for r, err := range store.Read(ctx, eventstore.All(), eventstore.ReadOptions{After: p.Position, Limit: 1}) {
-			if known {
-				break
+		if !known {
+			for r, err := range store.Read(ctx, eventstore.All(), eventstore.ReadOptions{After: p.Position, Limit: 1}) {
+				if err != nil {
+					return err
+				}
+				at = r.Time
 			}
-			if err != nil {
-				return err
-			}
-			at = r.Time
+			appended[p.Position] = at
 		}
-		if appended[p.Position] = at; !at.IsZero() {
+		if !at.IsZero() {
 			p.LagSeconds = max(0, s.at.Sub(at).Seconds())
 		}
 	}
