@@ -155,11 +155,16 @@ func (c *committer) run() {
 		}
 	}()
 	for {
-		if hold := s.settings.hold; hold != nil && s.appends.Len() > 0 {
-			hold()
-		}
 		s.appends.Gather(gathering, s.settings.batchCommits, s.settings.batchBytes)
-		c.taken = s.appends.Take(c.taken[:0], s.settings.batchCommits, s.settings.batchBytes)
+		// Whoever holds batches back has the say over each: what comes after Len is
+		// seen in the next turn.
+		c.taken = c.taken[:0]
+		if hold := s.settings.hold; hold == nil || s.appends.Len() > 0 {
+			if hold != nil {
+				hold()
+			}
+			c.taken = s.appends.Take(c.taken, s.settings.batchCommits, s.settings.batchBytes)
+		}
 		if len(c.taken) > 0 {
 			c.commit(c.taken)
 			clear(c.taken)

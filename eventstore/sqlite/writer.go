@@ -199,7 +199,10 @@ func (w *writer) checkpoint() {
 // commits writes one batch, if any commit waits.
 func (w *writer) commits() bool {
 	s := w.store
-	if hold := s.settings.hold; hold != nil && s.appends.Len() > 0 {
+	if hold := s.settings.hold; hold != nil {
+		if s.appends.Len() == 0 {
+			return false // what comes now is not to be taken without hold's consent
+		}
 		hold()
 	}
 	w.batch = s.appends.Take(w.batch[:0], s.settings.batchCommits, s.settings.batchBytes)

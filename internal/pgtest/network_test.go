@@ -53,9 +53,14 @@ func TestProxy_CutAfterEveryByteOfACommit(t *testing.T) {
 	for _, cutAt := range []int64{0, 1, size / 2, size - 1, size} {
 		conn := connect(t, n.URL())
 		pid := get[int](t, conn, "SELECT pg_backend_pid()")
+		// A client whose connection has broken asks the server, on another one, to give
+		// up what it is doing. That is not to pass.
+		n.Refuse(true)
 		cut := n.CutAfter(cutAt)
 		require.Error(t, insert(conn, 2000), "cut at byte %d of %d", cutAt, size)
 		<-cut
+		<-conn.PgConn().CleanupDone()
+		n.Refuse(false)
 		// The server works on; that it has ended the session says it is done.
 		require.Eventually(t, func() bool {
 			return get[int](t, direct, "SELECT count(*) FROM pg_stat_activity WHERE pid = $1", pid) == 0
