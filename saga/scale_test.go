@@ -440,12 +440,15 @@ func fired(t testing.TB, store eventstore.Store, n int, due func(i int) time.Tim
 // they go on, each once and none early, also when the engine is stopped in the
 // middle of that, and the table of due times deleted.
 func TestScale_Timers(t *testing.T) {
+	if os.Getenv("DEED_TEST_LONG") != "" {
+		t.Skip("TestScale_Million is the same with more")
+	}
+	n := 100_000
 	if testing.Short() {
-		t.Skip("it runs tens of thousands of sagas")
+		n = 5000
 	}
 	// Not parallel: it measures the heap.
-	b := backends[1]
-	timersAtScale(t, b.open(t), 100_000, 2000)
+	timersAtScale(t, backends[1].open(t), n, 2000)
 }
 
 // TestScale_Million is the same with a million, all of which fire.

@@ -81,9 +81,6 @@ type verdicts struct {
 }
 
 func chaos(t *testing.T, harm func(context.Context, *testing.T, *natsserver.Cluster, string) int) {
-	if testing.Short() {
-		t.Skip("it takes a while")
-	}
 	c, err := natsserver.Start(natsserver.Options{Nodes: 3, Directory: t.TempDir()})
 	require.NoError(t, err)
 	defer c.Close()

@@ -56,8 +56,6 @@ func TestStore_Replicated(t *testing.T) {
 
 // A tail of one event makes every subscriber read pages.
 func TestStore_WithoutTail(t *testing.T) {
-	if os.Getenv("DEED_TEST_LONG") == "" && !testing.Short() {
-		long(t)
-	}
+	long(t)
 	storetest.Run(t, harness(servers(t, 1), Tail(1, 1)), features())
 }

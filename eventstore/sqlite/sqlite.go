@@ -68,8 +68,9 @@ type settings struct {
 
 	// For tests.
 	vfs         string
-	synchronous string      // of appends
-	checkpoint  int         // pages of the write-ahead log that bring about a checkpoint
+	synchronous string // of appends
+	checkpoint  int    // pages of the write-ahead log that bring about a checkpoint
+	updateTime  time.Duration
 	hold        func()      // called by the writer before it takes a batch
 	locked      func()      // called by the writer when somebody else has the write lock
 	steps       []Migration // the schema
@@ -86,6 +87,7 @@ func defaults() settings {
 		now:          time.Now,
 		synchronous:  "FULL",
 		checkpoint:   4000,
+		updateTime:   defaultUpdateTime,
 		steps:        Migrations(),
 	}
 }

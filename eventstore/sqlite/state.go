@@ -29,8 +29,8 @@ var errAbandoned = errors.New("the update panicked")
 
 var _ projection.CheckpointLister = (*Store)(nil)
 
-// updateTime bounds how long updates share one transaction.
-const updateTime = 20 * time.Millisecond
+// defaultUpdateTime bounds how long updates share one transaction.
+const defaultUpdateTime = 20 * time.Millisecond
 
 // Update implements projection.State. Updates are not synced one by one: they
 // are in the same write-ahead log as the events, behind those they were made
@@ -91,7 +91,7 @@ func (w *writer) updates() bool {
 	var done []*update
 	var made map[string]int64
 	var start time.Time
-	for start.IsZero() || s.appends.Len() == 0 && time.Since(start) < updateTime {
+	for start.IsZero() || s.appends.Len() == 0 && time.Since(start) < s.settings.updateTime {
 		next := s.updates.Take(nil, 1, 1)
 		if len(next) == 0 {
 			break

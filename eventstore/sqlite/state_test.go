@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -48,11 +49,18 @@ func TestStore_Update_AppendsFirst(t *testing.T) {
 	}
 }
 
+// sharing lets updates share a transaction for longer than a busy machine takes to
+// have them wait.
+func sharing(s *settings) error {
+	s.updateTime = time.Minute
+	return nil
+}
+
 // Updates that wait together share a transaction; one that fails or panics
 // takes only its own changes with it, and the tables it had made.
 func TestStore_Update_Savepoints(t *testing.T) {
 	t.Parallel()
-	s := open(t, filepath.Join(t.TempDir(), "log.db"))
+	s := open(t, filepath.Join(t.TempDir(), "log.db"), sharing)
 	running, finish := make(chan struct{}), make(chan struct{})
 	mistake := errors.New("mistake")
 	results := make(chan string, 10)
@@ -129,7 +137,7 @@ func TestStore_Update_Savepoints(t *testing.T) {
 // it. The connection and later updates are sound.
 func TestStore_Update_RolledBack(t *testing.T) {
 	t.Parallel()
-	s := open(t, filepath.Join(t.TempDir(), "log.db"))
+	s := open(t, filepath.Join(t.TempDir(), "log.db"), sharing)
 	ctx := t.Context()
 	require.NoError(t, s.Update(ctx, func(tx projection.StateTx) error {
 		_, err := tx.Exec(ctx, `CREATE TABLE mine (id INTEGER PRIMARY KEY); INSERT INTO mine VALUES (1);
