@@ -379,8 +379,8 @@ func (c *committer) connect(b *batch) error {
 		if err != nil {
 			return err
 		}
-		if c.l.last != uuid.Nil && id != c.l.last {
-			return fmt.Errorf("%w: position %d has the event %s, but this process has seen %s there: %w", eventstore.ErrGap, c.l.known, id, c.l.last, errRewound(c.l.known-1, c.l.known))
+		if err := c.l.recognise(id); err != nil {
+			return err
 		}
 	}
 	return c.lookup(b, &questions{refresh: true})

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"fmt"
 	"slices"
 
 	"github.com/google/uuid"
@@ -50,6 +51,15 @@ func (l *ledger) enter(e *eventstore.Recorded) {
 	l.heads.Add(e.Stream, streamHead{revision: e.Revision(), last: e.ID})
 	l.recent.add(e)
 	l.recent.trim(mostRecent)
+}
+
+// recognise returns an error when the event at the known position has another id
+// than the one that was seen there.
+func (l *ledger) recognise(id uuid.UUID) error {
+	if l.last == uuid.Nil || id == l.last {
+		return nil
+	}
+	return fmt.Errorf("%w: position %d has the event %s, but this process has seen %s there: %w", eventstore.ErrGap, l.known, id, l.last, errRewound(l.known-1, l.known))
 }
 
 // recent is a run of events with an index of what they are about.

@@ -2,6 +2,8 @@ package postgres
 
 import (
 	"context"
+	"encoding/binary"
+	"errors"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -52,17 +54,9 @@ type lookup struct {
 // transaction with one snapshot, or hold the log's lock.
 func (l *lookup) queue(b *pgx.Batch, known eventstore.Position, q *questions) {
 	s := l.s
-	b.Queue(s.texts.delta, int64(known), int64(mostDelta+1)).Query(func(rows pgx.Rows) error {
-		for rows.Next() {
-			var f foreign
-			var position, version int64
-			if err := rows.Scan(&position, &version, &f.kind, &f.id, &f.stream, &f.tags); err != nil {
-				return err
-			}
-			f.position, f.version = eventstore.Position(position), uint64(version)
-			l.delta = append(l.delta, f)
-		}
-		return rows.Err()
+	b.Queue(s.texts.delta, int64(known), int64(mostDelta+1)).Query(func(rows pgx.Rows) (err error) {
+		l.delta, err = collectDelta(rows)
+		return err
 	})
 	b.Queue(s.texts.ends).QueryRow(func(row pgx.Row) error {
 		var head *int64
@@ -128,6 +122,91 @@ func (l *lookup) queue(b *pgx.Batch, known eventstore.Position, q *questions) {
 			return rows.Err()
 		})
 	}
+}
+
+// queueBehind adds the statement that tells, to the holder of the log's lock, what
+// others have written behind the known position: mostly that is all there is to
+// ask, and everybody waits for the answer.
+func (l *lookup) queueBehind(b *pgx.Batch, known eventstore.Position) {
+	b.Queue(l.s.texts.delta, int64(known)-1, int64(mostDelta+2)).Query(func(rows pgx.Rows) (err error) {
+		l.delta, err = collectDelta(rows)
+		return err
+	})
+}
+
+// behind makes the answer to queueBehind that of queue with no questions; false if
+// it takes queue to know.
+func (l *lookup) behind(at *ledger) (whole bool, err error) {
+	rows := l.delta
+	if len(rows) == 0 || rows[0].position != at.known || len(rows) > mostDelta+1 {
+		return false, nil
+	}
+	if err := at.recognise(rows[0].id); err != nil {
+		return false, err
+	}
+	last := &rows[len(rows)-1]
+	l.delta, l.head, l.last = rows[1:], last.position, last.id
+	byID := l.s.kinds.Load().byID
+	l.kinds = len(byID)
+	for i := range l.delta {
+		if _, ok := byID[l.delta[i].kind]; !ok {
+			l.kinds++ // at least
+		}
+	}
+	return true, nil
+}
+
+// collectDelta reads what others have written. Writers wait meanwhile, so that the
+// rows are decoded as they come, which takes a fraction of what Scan does.
+func collectDelta(rows pgx.Rows) ([]foreign, error) {
+	var delta []foreign
+	raw := false
+	for rows.Next() {
+		if len(delta) == 0 {
+			raw = isRaw(rows.FieldDescriptions()) // which rows that failed do not have
+		}
+		var f foreign
+		if raw {
+			var err error
+			if f, err = decodeForeign(rows.RawValues()); err != nil {
+				return nil, err
+			}
+		} else {
+			var position, version int64
+			if err := rows.Scan(&position, &version, &f.kind, &f.id, &f.stream, &f.tags); err != nil {
+				return nil, err
+			}
+			f.position, f.version = eventstore.Position(position), uint64(version)
+		}
+		delta = append(delta, f)
+	}
+	return delta, rows.Err()
+}
+
+// isRaw reports whether decodeForeign can read rows of the fields. The text is the
+// same in both formats; behind a pooler all is text.
+func isRaw(fields []pgconn.FieldDescription) bool {
+	for i := range fields {
+		if fields[i].Format != pgx.BinaryFormatCode && i != 4 {
+			return false
+		}
+	}
+	return true
+}
+
+var errForeign = errors.New("it is no row of an event: the schema was changed")
+
+// decodeForeign reads a row of position, version, kind, id, stream and tags in the
+// binary format.
+func decodeForeign(row [][]byte) (foreign, error) {
+	if len(row) != 6 || len(row[0]) != 8 || len(row[1]) != 8 || len(row[2]) != 4 || len(row[3]) != 16 {
+		return foreign{}, errForeign
+	}
+	tags, err := decodeTexts(row[5])
+	return foreign{
+		position: eventstore.Position(binary.BigEndian.Uint64(row[0])), version: binary.BigEndian.Uint64(row[1]),
+		kind: int32(binary.BigEndian.Uint32(row[2])), id: uuid.UUID(row[3]), stream: string(row[4]), tags: tags,
+	}, err
 }
 
 // firstStatement finds the first position after which the condition's query

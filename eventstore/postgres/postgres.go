@@ -90,7 +90,7 @@ type settings struct {
 	deaf     bool              // LISTEN is not used
 	leaseTTL time.Duration     // how long a process lives without a heartbeat
 	steps    []Migration
-	unlocked bool // formCopy takes no lock
+	unlocked bool // formCopy takes no lock, and the schema's functions have none
 }
 
 // DefaultSchema is where a log lives unless [Schema] says otherwise.

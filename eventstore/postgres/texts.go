@@ -10,6 +10,7 @@ type texts struct {
 	commitMode                       string // how batches are committed; "" for as the session says
 	copyEvents, copyTags             string
 	copyKeys, lock, lockFirst        string
+	lockTimed                        string
 	ends, notify, notifyAll, written string
 }
 
@@ -29,6 +30,7 @@ func newTexts(schema string) texts {
 		copyTags:     with(";COPY {schema}.tags (tag, position, kind) FROM STDIN (FORMAT binary)"),
 		copyKeys:     with(";COPY {schema}.keys (key, fingerprint, first, last) FROM STDIN (FORMAT binary)"),
 		lock:         with("SELECT {schema}.lock_log($1)"),
+		lockTimed:    "SELECT clock_timestamp(), pg_advisory_xact_lock($1), clock_timestamp()",
 		lockFirst:    "SELECT pg_advisory_xact_lock(%d)",
 		ends: with(`SELECT (SELECT count(*) FROM {schema}.kinds)::int, e.position, e.id FROM (VALUES (1)) AS one (row)
 			LEFT JOIN LATERAL (SELECT position, id FROM {schema}.events ORDER BY position DESC LIMIT 1) e ON true`),

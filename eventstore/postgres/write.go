@@ -383,12 +383,9 @@ func (s *Store) callAppend(ctx context.Context, conn *pgx.Conn, text string, b *
 			out.wait = time.Duration(binary.BigEndian.Uint32(row[2])) * time.Microsecond
 			continue
 		}
-		f := foreign{
-			position: eventstore.Position(binary.BigEndian.Uint64(row[0])), version: binary.BigEndian.Uint64(row[1]),
-			kind: int32(binary.BigEndian.Uint32(row[2])), stream: string(row[4]),
-		}
-		copy(f.id[:], row[3])
-		if f.tags, failed = decodeTexts(row[5]); failed != nil {
+		f, err := decodeForeign(row)
+		if err != nil {
+			failed = err
 			break
 		}
 		out.delta = append(out.delta, f)
@@ -549,12 +546,28 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	var waited int64
 	trip := &pgx.Batch{}
 	trip.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
-	trip.Queue("SET LOCAL idle_in_transaction_session_timeout = '5s'")
-	if mode := c.s.texts.commitMode; mode != "" {
-		trip.Queue(mode)
+	told := !c.s.settings.pooled && !c.s.settings.unlocked
+	if told {
+		// The session knows the rest.
+		trip.Queue(c.s.texts.lockTimed, c.s.lock).QueryRow(func(row pgx.Row) error {
+			var asked, locked time.Time
+			err := row.Scan(&asked, nil, &locked)
+			waited = locked.Sub(asked).Microseconds()
+			return err
+		})
+	} else {
+		trip.Queue("SET LOCAL idle_in_transaction_session_timeout = '5s'")
+		if mode := c.s.texts.commitMode; mode != "" {
+			trip.Queue(mode)
+		}
+		trip.Queue(c.s.texts.lock, c.s.lock).QueryRow(func(row pgx.Row) error { return row.Scan(&waited) })
 	}
-	trip.Queue(c.s.texts.lock, c.s.lock).QueryRow(func(row pgx.Row) error { return row.Scan(&waited) })
-	l.queue(trip, c.l.known, &questions{})
+	behind := c.l.known > 0 && !c.s.settings.unlocked
+	if behind {
+		l.queueBehind(trip, c.l.known)
+	} else {
+		l.queue(trip, c.l.known, &questions{})
+	}
 	rollback := func(err error) (*landing, error) {
 		if _, failed := c.conn.Exec(ctx, "ROLLBACK"); failed != nil {
 			c.hangUp()
@@ -568,6 +581,22 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 			return nil, asLost(err)
 		}
 		return rollback(err)
+	}
+	if behind {
+		whole, err := l.behind(c.l)
+		if err == nil && !whole {
+			l = &lookup{s: c.s}
+			again := &pgx.Batch{}
+			l.queue(again, c.l.known, &questions{})
+			err = c.conn.SendBatch(ctx, again).Close()
+		}
+		if broken(err) {
+			c.hangUp()
+			return nil, asLost(err)
+		}
+		if err != nil {
+			return rollback(err)
+		}
 	}
 	if l.outdated() {
 		if err := c.s.learn(ctx, c.conn); err != nil {
