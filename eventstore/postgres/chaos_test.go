@@ -528,15 +528,16 @@ func TestChaos(t *testing.T) {
 		c.terror(time.Duration(5000+c.random.IntN(6000)) * time.Millisecond)
 		c.restart()
 		c.terror(5 * time.Second)
-		// The lock is waited for 3 seconds, then its holder is ended and everybody
-		// appends what has gathered.
-		c.pause(1+c.random.IntN(2), 10*time.Second, 8*time.Second)
+		// The lock is waited for 3 seconds, or twice, then its holder is ended and
+		// everybody appends what has gathered.
+		const goesOn = 12 * time.Second
+		c.pause(1+c.random.IntN(2), 10*time.Second, goesOn)
 		c.terror(5 * time.Second)
 		c.kill(0, "a2")
 		c.terror(time.Duration(5000+c.random.IntN(6000)) * time.Millisecond)
 		c.restart()
 		c.terror(5 * time.Second)
-		c.pause(1+c.random.IntN(2), 0, 8*time.Second)
+		c.pause(1+c.random.IntN(2), 0, goesOn)
 		c.terror(8 * time.Second)
 	} else {
 		c.terror(time.Second)

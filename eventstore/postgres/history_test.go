@@ -28,7 +28,7 @@ import (
 func holdInserts(t testing.TB, conn *pgx.Conn, prefix string) (release func()) {
 	t.Helper()
 	do(t, conn, `CREATE FUNCTION public.wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-			IF starts_with(NEW.stream, '`+prefix+`') THEN PERFORM pg_advisory_xact_lock_shared(7, 7); END IF; RETURN NEW;
+			IF starts_with(NEW.stream, '`+prefix+`') THEN PERFORM set_config('lock_timeout', '0', true); PERFORM pg_advisory_xact_lock_shared(7, 7); END IF; RETURN NEW;
 		END $$`)
 	do(t, conn, "CREATE TRIGGER wait AFTER INSERT ON deed.events FOR EACH ROW EXECUTE FUNCTION public.wait()")
 	do(t, conn, "SELECT pg_advisory_lock(7, 7)")
@@ -389,11 +389,19 @@ func TestHistory_ToldAfterItIsVisible(t *testing.T) {
 	s := openURL(t, url)
 	listener, reader := direct(t, url), direct(t, url)
 	do(t, listener, "LISTEN "+pgx.Identifier{s.channel()}.Sanitize())
-	told := 0
-	for range 20 {
+	told, appended := 0, 0
+	for appended < 20 {
 		r := mustAppend(t, s, commit(event(account("ann"), "noted")))
+		appended++
 		for {
-			n, err := listener.WaitForNotification(t.Context())
+			ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+			n, err := listener.WaitForNotification(ctx)
+			cancel()
+			if errors.Is(err, context.DeadlineExceeded) && told == 0 && appended < 5 {
+				listener = direct(t, url) // the wait has ended the other one
+				do(t, listener, "LISTEN "+pgx.Identifier{s.channel()}.Sanitize())
+				break // it is a hint: a notifier that takes long to connect gives up
+			}
 			require.NoError(t, err)
 			position, err := strconv.Atoi(n.Payload)
 			require.NoError(t, err)
@@ -404,7 +412,7 @@ func TestHistory_ToldAfterItIsVisible(t *testing.T) {
 			}
 		}
 	}
-	require.LessOrEqual(t, told, 20)
+	require.LessOrEqual(t, told, appended)
 }
 
 // program returns one of PostgreSQL's own, of the server's version.

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
 	groups "github.com/deed-go/deed/internal/ownership"
@@ -110,7 +111,7 @@ func divided(nodes ...*groupNode) func() bool {
 }
 
 // Three processes on one database divide the work. One that stops is followed
-// within 200 ms, one that dies when the database's clock says that its time is
+// at once, one that dies when the database's clock says that its time is
 // up.
 func TestMembers_Takeover(t *testing.T) {
 	t.Parallel()
@@ -162,8 +163,9 @@ func TestMembers_Takeover(t *testing.T) {
 			if kind.kill {
 				require.Less(t, took[len(took)-1], kind.ttl+2*time.Second)
 			} else {
-				// Machines that run other tests are slow now and then.
-				require.Less(t, took[len(took)/2], 200*time.Millisecond)
+				// Far less than what waiting for its time to be up would take; how fast it
+				// is TestNodes shows, with nothing else at work.
+				require.Less(t, took[len(took)/2], kind.ttl/5)
 			}
 		})
 	}
@@ -185,6 +187,19 @@ func TestMembers_Told(t *testing.T) {
 	heir := start(stores[1], "heir")
 	eventually(t, func() bool { return heir.owns() > 0 }, "it does not take its part")
 	require.Less(t, heir.owns(), dividedUnits)
+	// A notifier that has a connection already: one that takes long to have one gives up.
+	listener := direct(t, url)
+	do(t, listener, "LISTEN "+pgx.Identifier{stores[0].channel()}.Sanitize())
+	for told := false; !told; {
+		mustAppend(t, stores[0], commit(event(account("ann"), "noted")))
+		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Second)
+		_, err := listener.WaitForNotification(ctx)
+		cancel()
+		if told = err == nil; !told {
+			listener = direct(t, url)
+			do(t, listener, "LISTEN "+pgx.Identifier{stores[0].channel()}.Sanitize())
+		}
+	}
 	names := stores[1].Released(t.Context())
 	require.NoError(t, first.stop())
 	eventually(t, divided(heir), "nobody has told it that the other one has left")

@@ -45,6 +45,7 @@ type nodes struct {
 	refused map[string]int // attempts to commit under a lease that was lost, by its name
 
 	afterKill, afterStop, afterPause []time.Duration
+	slowestStop                      []time.Duration // of each node that was stopped, its slowest unit
 	calm                             map[string]int
 }
 
@@ -316,7 +317,11 @@ func (ns *nodes) retire() {
 	n.signal(syscall.SIGTERM)
 	ns.forget(n)
 	ns.stopped = append(ns.stopped, n)
-	ns.afterStop = append(ns.afterStop, ns.follow(n, had, began, gracefulBound)...)
+	took := ns.follow(n, had, began, gracefulBound)
+	ns.afterStop = append(ns.afterStop, took...)
+	if len(took) > 0 {
+		ns.slowestStop = append(ns.slowestStop, slices.Max(took))
+	}
 	n.hearing(chaosDone, 0, nil)
 	n.told(chaosFinish)
 	ns.join(1)
@@ -673,7 +678,10 @@ func testNodes(t *testing.T, plan chaosPlan) {
 	require.NotZero(t, ns.attempts(), "commits of former owners that were refused")
 	if long() {
 		require.LessOrEqual(t, slices.Max(ns.afterKill), deadBound, "taking over from who was killed")
-		require.LessOrEqual(t, percentile(ns.afterStop, 95), gracefulBound, "taking over from who was stopped")
+		// A node's units move together, so that one hiccup of the machine is ten slow
+		// units: it is nodes that are counted, 95 of 100 of them, or all but one.
+		slices.Sort(ns.slowestStop)
+		require.LessOrEqual(t, ns.slowestStop[max(0, len(ns.slowestStop)-1-(len(ns.slowestStop)+19)/20)], gracefulBound, "taking over from who was stopped: %v", ns.slowestStop)
 	}
 }
 

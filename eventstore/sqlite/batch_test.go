@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 	sqlite3 "modernc.org/sqlite/lib"
@@ -124,7 +125,8 @@ func TestStore_WriteLockTakenForAMoment(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "log.db")
 	waits := make(chan struct{}, 1_000_000)
-	s := open(t, path, func(s *settings) error { s.locked = func() { waits <- struct{}{} }; return nil })
+	locked := func(s *settings) error { s.locked = func() { waits <- struct{}{} }; return nil }
+	s := open(t, path, locked, func(s *settings) error { s.patience = time.Minute; return nil })
 	appendOne(t, s, ann, "opened")
 	other, err := dial(path, "")
 	require.NoError(t, err)
@@ -153,6 +155,8 @@ func TestStore_WriteLockTakenForAMoment(t *testing.T) {
 	}
 
 	// Who keeps it is named, nothing was written, and trying again helps.
+	require.NoError(t, s.Close())
+	s = open(t, path, locked)
 	require.NoError(t, other.exec("BEGIN IMMEDIATE"))
 	_, err = s.Append(t.Context(), eventstore.Commit{Events: one(ann, "late")})
 	require.ErrorIs(t, err, eventstore.ErrUnavailable)

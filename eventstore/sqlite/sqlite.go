@@ -71,6 +71,7 @@ type settings struct {
 	synchronous string // of appends
 	checkpoint  int    // pages of the write-ahead log that bring about a checkpoint
 	updateTime  time.Duration
+	patience    time.Duration
 	hold        func()      // called by the writer before it takes a batch
 	locked      func()      // called by the writer when somebody else has the write lock
 	steps       []Migration // the schema
@@ -88,6 +89,7 @@ func defaults() settings {
 		synchronous:  "FULL",
 		checkpoint:   4000,
 		updateTime:   defaultUpdateTime,
+		patience:     defaultPatience,
 		steps:        Migrations(),
 	}
 }

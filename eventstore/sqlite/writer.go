@@ -301,11 +301,11 @@ func (w *writer) begin(synchronous string) error {
 	return w.lock(w.c)
 }
 
-// patience is how long the writer waits for the file's write lock. No other
+// defaultPatience is how long the writer waits for the file's write lock. No other
 // process of deed's can have it (see lock.go), but a reader takes it for a moment
 // when it finds the index of the write-ahead log half-changed, and so may a tool
 // that looks into the file.
-const patience = time.Second
+const defaultPatience = time.Second
 
 // lock begins a transaction that writes. It does not use SQLite's own way of
 // waiting, which knows nothing of the clock in testing/synctest bubbles.
@@ -322,8 +322,8 @@ func (w *writer) lock(c *conn) error {
 		switch {
 		case tries == 0:
 			began = time.Now()
-		case time.Since(began) > patience:
-			return fmt.Errorf("%w: another program has had the write lock of the file for %s: close what looks into it: %w", eventstore.ErrUnavailable, patience, err)
+		case time.Since(began) > w.store.settings.patience:
+			return fmt.Errorf("%w: another program has had the write lock of the file for %s: close what looks into it: %w", eventstore.ErrUnavailable, w.store.settings.patience, err)
 		}
 		if tries < 100 {
 			runtime.Gosched()

@@ -48,20 +48,29 @@ func Bouncer(t testing.TB, db string, settings ...Settings) string {
 	for _, some := range settings {
 		maps.Copy(all, some)
 	}
-	b, err := newBouncer(program, config, all)
-	if err != nil {
-		t.Fatalf("start pgbouncer in front of %s: %v", u.Redacted(), err)
-	}
-	t.Cleanup(func() {
-		if err := b.remove(); err != nil {
-			t.Errorf("stop pgbouncer: %v", err)
+	for tries := 1; ; tries++ {
+		b, err := newBouncer(program, config, all)
+		if err != nil {
+			t.Fatalf("start pgbouncer in front of %s: %v", u.Redacted(), err)
 		}
-	})
-	through := withHost(u, net.JoinHostPort("127.0.0.1", strconv.Itoa(b.port)), map[string]string{"sslmode": "disable"})
-	if err := b.start(through); err != nil {
-		t.Fatalf("start pgbouncer in front of %s: %v", u.Redacted(), err)
+		t.Cleanup(func() {
+			if err := b.remove(); err != nil {
+				t.Errorf("stop pgbouncer: %v", err)
+			}
+		})
+		through := withHost(u, net.JoinHostPort("127.0.0.1", strconv.Itoa(b.port)), map[string]string{"sslmode": "disable"})
+		switch err := b.start(through); {
+		case err == nil:
+			return through
+		case tries == 3 || !portTaken(err.Error()):
+			t.Fatalf("start pgbouncer in front of %s: %v", u.Redacted(), err)
+		}
 	}
-	return through
+}
+
+// portTaken reports whether PgBouncer has ended because somebody else has its port.
+func portTaken(said string) bool {
+	return strings.Contains(strings.ToLower(said), "address already in use")
 }
 
 type bouncer struct {

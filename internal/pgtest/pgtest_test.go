@@ -131,7 +131,7 @@ func TestServer_StartsAfterSessionsOfAKilledOne(t *testing.T) {
 	t.Parallel()
 	s := Start(t, quick)
 	busy, watch := connect(t, s.URL()), connect(t, s.URL())
-	do(t, busy, "SET statement_timeout = '1500ms'")
+	do(t, busy, "SET statement_timeout = '5s'")
 	ended := make(chan error, 1)
 	go func() {
 		_, err := busy.Exec(t.Context(), "DO $$ BEGIN LOOP END LOOP; END $$")
