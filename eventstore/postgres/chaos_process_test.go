@@ -164,13 +164,17 @@ type chaosConn struct {
 	lost    atomic.Bool
 }
 
-// Write stops the process, when it is told to, after the query that writes a
-// batch and before the first of the events: the server has the lock of the log
-// then, and waits.
+// Write stops the process, when it is told to, after what begins to write a batch
+// and before the first of the events: the server has the lock of the log then, and
+// waits.
 func (c *chaosConn) Write(b []byte) (int, error) {
 	sent := 0
-	if c.freezer.armed.Load() && len(b) > 5 && b[0] == 'Q' && bytes.Contains(b, []byte(";COPY ")) {
-		n, err := c.Conn.Write(b[:1+binary.BigEndian.Uint32(b[1:])])
+	if c.freezer.armed.Load() && bytes.Contains(b, copyHeader) {
+		data := 0
+		for b[data] != 'd' {
+			data += 1 + int(binary.BigEndian.Uint32(b[data+1:]))
+		}
+		n, err := c.Conn.Write(b[:data])
 		if err != nil {
 			return n, err
 		}

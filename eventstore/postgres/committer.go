@@ -16,15 +16,16 @@ import (
 
 // committer owns the connection that appends; only its goroutine uses it.
 type committer struct {
-	s      *Store
-	conn   *pgx.Conn // nil: there is none
-	l      *ledger
-	fatal  error // why nothing can be appended any more
-	calm   int   // batches in a row that found the log as the ledger knew it
-	buffer []byte
-	taken  []*entry
-	alone  bool      // a batch takes no others along
-	began  time.Time // since when the database has not answered; zero: it does
+	s        *Store
+	conn     *pgx.Conn // nil: there is none
+	prepared *pgx.Conn // has what copyMessages executes
+	l        *ledger
+	fatal    error // why nothing can be appended any more
+	calm     int   // batches in a row that found the log as the ledger knew it
+	buffer   []byte
+	taken    []*entry
+	alone    bool      // a batch takes no others along
+	began    time.Time // since when the database has not answered; zero: it does
 }
 
 func newCommitter(s *Store) *committer {
@@ -297,6 +298,9 @@ func (c *committer) step(b *batch) error {
 		return nil
 	}
 	if err := c.makeKinds(b); err != nil {
+		return err
+	}
+	if err := c.prepare(); err != nil {
 		return err
 	}
 	done, err := c.write(b, c.choose(b))

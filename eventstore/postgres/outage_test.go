@@ -263,7 +263,6 @@ func TestStore_Append_AnswerCut(t *testing.T) {
 	}
 }
 
-// pick returns the first when there is time.
 // atLength skips a test whose way another one takes as well, in part.
 func atLength(t *testing.T) {
 	t.Helper()
@@ -272,6 +271,7 @@ func atLength(t *testing.T) {
 	}
 }
 
+// pick returns the first when there is time.
 func pick(long_, short int) int {
 	if long() {
 		return long_
@@ -288,8 +288,8 @@ func stride(long_, short int) int {
 }
 
 // A batch that is refused, because a stream that was taken for new is not, is
-// cut after bytes (cutPoints) of all that is said until it has its answers, and the
-// refusal after every seventh in the long run.
+// cut after bytes (every other one of cutPoints in the long run) of all that is said
+// until it has its answers, and so is the refusal.
 func TestStore_Append_CutInACollision(t *testing.T) {
 	t.Parallel()
 	for _, f := range forms {
@@ -327,7 +327,7 @@ func TestStore_Append_CutInACollision(t *testing.T) {
 			size := b.cable.measure()
 			require.Greater(t, b.store.Stats().Collisions, collisions, "nothing collides: the test tests nothing")
 			for n, k := range cutPoints(size) {
-				if n%stride(1, 3) != 0 {
+				if n%stride(2, 3) != 0 {
 					continue
 				}
 				cut := b.arm(k, fate{})
@@ -336,7 +336,7 @@ func TestStore_Append_CutInACollision(t *testing.T) {
 			}
 			// The first writes of a batch end at the query of form copy and function, and
 			// at the second trip: wherever that is, its answer is cut.
-			for n := 1; n < 500; n += stride(7, 11) { // as long as a refusal is
+			for n := 1; n < 500; n += stride(14, 28) { // as long as a refusal is
 				for message := range 3 {
 					armed, seen := false, 0
 					b.onWrite(func(*batch) { armed = true })
@@ -550,7 +550,7 @@ func TestStore_Append_BrokenAtRandom(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			url := pgtest.Database(t)
-			w := &workload{writers: 4, commits: pick(100, 25), seed: rand.Uint64()}
+			w := &workload{writers: 4, commits: pick(60, 25), seed: rand.Uint64()}
 			var spies []*spy
 			var cables []*cable
 			var broken atomic.Int64
@@ -649,7 +649,7 @@ func TestStore_ServerRestarts(t *testing.T) {
 			t.Parallel()
 			server := pgtest.Start(t, pgtest.Settings{"fsync": "off"})
 			url := server.Database(t)
-			w := &workload{writers: 4, commits: pick(300, 60)}
+			w := &workload{writers: 4, commits: pick(150, 60)}
 			var spies []*spy
 			for range 2 {
 				s := openURL(t, url)

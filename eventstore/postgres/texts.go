@@ -26,12 +26,12 @@ func newTexts(schema string) texts {
 			FROM {schema}.keys k JOIN {schema}.events e ON e.position BETWEEN k.first AND k.last
 			WHERE k.key = ANY ($1::text[]) ORDER BY e.position`),
 		appendEvents: with("SELECT r_position, r_version, r_kind, r_id, r_stream, r_tags FROM {schema}.append_events($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21, $22, $23, $24)"),
-		copyEvents:   with(";COPY {schema}.events (position, version, kind, slice, id, time, stream, tags, metadata, data) FROM STDIN (FORMAT binary)"),
-		copyTags:     with(";COPY {schema}.tags (tag, position, kind) FROM STDIN (FORMAT binary)"),
-		copyKeys:     with(";COPY {schema}.keys (key, fingerprint, first, last) FROM STDIN (FORMAT binary)"),
+		copyEvents:   with("COPY {schema}.events (position, version, kind, slice, id, time, stream, tags, metadata, data) FROM STDIN (FORMAT binary)"),
+		copyTags:     with("COPY {schema}.tags (tag, position, kind) FROM STDIN (FORMAT binary)"),
+		copyKeys:     with("COPY {schema}.keys (key, fingerprint, first, last) FROM STDIN (FORMAT binary)"),
 		lock:         with("SELECT {schema}.lock_log($1)"),
 		lockTimed:    "SELECT clock_timestamp(), pg_advisory_xact_lock($1), clock_timestamp()",
-		lockFirst:    "SELECT pg_advisory_xact_lock(%d)",
+		lockFirst:    "SELECT pg_advisory_xact_lock($1)",
 		ends: with(`SELECT (SELECT count(*) FROM {schema}.kinds)::int, e.position, e.id FROM (VALUES (1)) AS one (row)
 			LEFT JOIN LATERAL (SELECT position, id FROM {schema}.events ORDER BY position DESC LIMIT 1) e ON true`),
 		written: with(`SELECT f.id, e.position, e.version FROM (SELECT e.position, e.id, n.size FROM {schema}.events e

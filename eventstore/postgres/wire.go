@@ -153,6 +153,27 @@ func appendQuery(b []byte, text string) []byte {
 	return append(append(b, text...), 0)
 }
 
+// appendExecute appends the messages Bind and Execute for a prepared statement,
+// whose parameters are one value of eight bytes or none.
+func appendExecute(b []byte, name string, parameters ...int64) []byte {
+	b = append(b, 'B')
+	at := len(b)
+	b = append(appendInt32(b, 0), 0) // the unnamed portal
+	b = append(append(b, name...), 0)
+	b = appendInt16(appendInt16(b, 1), 1) // all parameters are binary
+	b = appendInt16(b, len(parameters))
+	for _, p := range parameters {
+		b = fieldInt64(b, p)
+	}
+	b = appendInt16(b, 0) // results are text
+	binary.BigEndian.PutUint32(b[at:], uint32(len(b)-at))
+	b = append(appendInt32(append(b, 'E'), 4+1+4), 0)
+	return appendInt32(b, 0) // all rows
+}
+
+// appendSync appends the message Sync, which ends a transaction that nobody began.
+func appendSync(b []byte) []byte { return append(b, 'S', 0, 0, 0, 4) }
+
 // The row of an event, as COPY wants it: ten fields, of which the first three
 // have fixed places and are set once the commit has been judged.
 const (

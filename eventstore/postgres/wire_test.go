@@ -117,6 +117,39 @@ func TestWire_Rows(t *testing.T) {
 	require.NoError(t, found.Err())
 }
 
+// Prepared statements are executed up to the first that fails; nothing of what one
+// message says is kept then, and the connection is sound.
+func TestWire_Execute(t *testing.T) {
+	t.Parallel()
+	conn := direct(t, pgtest.Database(t))
+	do(t, conn, "CREATE TABLE public.numbers (n bigint PRIMARY KEY)")
+	for name, text := range map[string]string{"put": "INSERT INTO public.numbers VALUES ($1)", "copy": "COPY public.numbers FROM STDIN (FORMAT binary)"} {
+		_, err := conn.Prepare(t.Context(), name, text)
+		require.NoError(t, err)
+	}
+	number := func(n int64) func([]byte) []byte {
+		return func(to []byte) []byte { return fieldInt64(appendInt16(to, 1), n) }
+	}
+	c := &committer{conn: conn, s: &Store{}}
+	for i, test := range []struct{ first, copied, last, sum int64 }{
+		{1, math.MaxInt64 - 10, 3, math.MaxInt64 - 6},
+		{1, 5, 6, math.MaxInt64 - 6}, // the first fails, and the data is passed over
+		{7, 3, 6, math.MaxInt64 - 6}, // the COPY does
+		{7, 8, 1, math.MaxInt64 - 6}, // the last does
+		{-7, 8, -4, math.MaxInt64 - 9},
+	} {
+		message := appendCopy(appendExecute(appendExecute(nil, "put", test.first), "copy"), number(test.copied))
+		_, err := c.exchange(appendSync(appendExecute(message, "put", test.last)))
+		if i%4 == 0 {
+			require.NoError(t, err)
+		} else {
+			require.Equal(t, "23505", code(err))
+			require.True(t, answered(err))
+		}
+		require.Equal(t, test.sum, scalar[int64](t, conn, "SELECT sum(n)::bigint FROM public.numbers"), "after %d", i)
+	}
+}
+
 // Events come back as they were given, whatever is in them.
 func TestWire_Events(t *testing.T) {
 	t.Parallel()
