@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -43,12 +44,12 @@ func reserving(kid *saga.Definition[struct{}, int]) *saga.Definition[string, int
 // as for a process that dies before it has written.
 type unrecorded struct {
 	backend
-	cut  bool
+	cut  atomic.Bool // an engine that was left behind may still look
 	lost chan struct{}
 }
 
 func (f *unrecorded) Append(ctx context.Context, c eventstore.Commit) (eventstore.Receipt, error) {
-	if f.cut && c.Events[0].Stream == history("reserving", "r") && c.Events[0].Type == "saga.step_succeeded" {
+	if f.cut.Load() && c.Events[0].Stream == history("reserving", "r") && c.Events[0].Type == "saga.step_succeeded" {
 		select {
 		case f.lost <- struct{}{}:
 		default:
@@ -69,15 +70,16 @@ func TestCancel_StepWhoseRecordWasLost(t *testing.T) {
 		t.Run(how, func(t *testing.T) {
 			t.Parallel()
 			ctx := t.Context()
-			store := &unrecorded{backend: memory.New(), cut: true, lost: make(chan struct{}, 1)}
-			b := startBench(t, store, clock.NewManual(t0), saga.Options{Grace: 10 * time.Millisecond}, def, kid)
+			store := &unrecorded{backend: memory.New(), lost: make(chan struct{}, 1)}
+			store.cut.Store(true)
+			b := startBench(t, store, clock.NewManual(t0), saga.Options{Grace: time.Second}, def, kid)
 			exec(b, stocks, Fill{"book", 1})
 			require.NoError(t, saga.Start(ctx, b.engine, def, "r", how))
 			<-store.lost
 			b.stop()
 			require.NoError(t, b.engine.Cancel(ctx, "reserving", "r", "changed my mind"))
 
-			store.cut = false
+			store.cut.Store(false)
 			b = startBench(t, store, b.clock, saga.Options{}, def, kid)
 			_, err := saga.Wait(ctx, b.engine, def, "r")
 			failed, ok := errors.AsType[*saga.FailedError](err)

@@ -642,7 +642,7 @@ func TestHeartbeat_ResumesAndTimesOut(t *testing.T) {
 				}
 			}
 			return done, nil
-		}, saga.Silence(50*time.Millisecond))
+		}, saga.Silence(2*time.Second)) // in real time: long enough for a machine that stalls
 	})
 	sagatest.For(t, def).Start("r", struct{}{}).Advance(time.Minute).Completed("r", 10)
 	require.Equal(t, []int{0, 4}, began)

@@ -182,13 +182,22 @@ func TestServerDown(t *testing.T) {
 	t.Parallel()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)
-	port := listener.Addr().(*net.TCPAddr).Port
-	require.NoError(t, listener.Close()) // nobody is there
+	defer listener.Close()
+	// The port is kept, so that nobody else takes it: the server that is down
+	// hangs up.
+	hungUp := make(chan error, 1)
+	go func() {
+		conn, err := listener.Accept()
+		if err == nil {
+			err = conn.Close()
+		}
+		hungUp <- err
+	}()
 
 	dir := t.TempDir()
 	began := time.Date(2026, 1, 1, 9, 0, 0, 0, time.UTC)
 	var attempts int
-	mailer := Mailer{Port: port, Before: func() { attempts++ }}
+	mailer := Mailer{Port: listener.Addr().(*net.TCPAddr).Port, Before: func() { attempts++ }}
 	app, err := deed.Start(t.Context(), memory.New(), orders, welcome(mailer), deed.ManualClock(began))
 	require.NoError(t, err)
 	defer func() { require.NoError(t, app.Stop(context.Background())) }()
@@ -196,12 +205,9 @@ func TestServerDown(t *testing.T) {
 	require.NoError(t, err)
 	require.NoError(t, app.AdvanceTo(t.Context(), began.Add(500*time.Millisecond)))
 	require.Equal(t, 1, attempts)
+	require.NoError(t, <-hungUp)
 
 	// Now the server comes up, on that port.
-	listener, err = net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-	if err != nil {
-		t.Skipf("another process has taken the port meanwhile: %v", err)
-	}
 	var out bytes.Buffer
 	inbox := mailbox.Serve(listener, dir, &out)
 	defer func() { require.NoError(t, inbox.Close()) }()

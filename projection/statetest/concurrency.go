@@ -54,7 +54,7 @@ var concurrencyChecks = []check{
 			go func() {
 				results <- increment(func() {
 					close(read)
-					afterOrSoon(second)
+					s.afterOrSoon(second)
 				})
 			}()
 			<-read
@@ -100,7 +100,7 @@ var concurrencyChecks = []check{
 						return err
 					}
 					close(inside)
-					afterOrSoon(second)
+					s.afterOrSoon(second)
 					return tx.Put("t", "by", []byte("the first"))
 				})
 			}()

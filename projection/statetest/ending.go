@@ -60,7 +60,7 @@ var endingChecks = []check{
 					return tx.Put("t", "second", []byte("x"))
 				})
 			}()
-			afterOrSoon(goOn) // it waits by then; if not, it sees an ended context anyway
+			s.afterOrSoon(goOn) // it waits by then; if not, it sees an ended context anyway
 			cancel()
 			select {
 			case err := <-second:

@@ -149,7 +149,7 @@ var leaseChecks = []check{
 		rule: "a lease that was not renewed can be taken over once its time is up; its former owner is fenced then",
 		run: func(t testing.TB, s *suite) {
 			ctx, state := s.context(t), s.open(t)
-			first := mustAcquire(t, ctx, state, "w", "a", 150*time.Millisecond)
+			first := mustAcquire(t, ctx, state, "w", "a", time.Second)
 			var second projection.Lease
 			for {
 				var err error
@@ -265,7 +265,7 @@ var leaseChecks = []check{
 							return err
 						}
 						close(inside)
-						afterOrSoon(acquired) // the fence was passed, the commit is still to come
+						s.afterOrSoon(acquired) // the fence was passed, the commit is still to come
 						return nil
 					})
 				}()

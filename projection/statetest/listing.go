@@ -65,7 +65,7 @@ var listingChecks = []check{
 		rule: "a lease whose time is up is listed as one that nobody holds, and not before",
 		run: func(t testing.TB, s *suite) {
 			ctx, state := s.context(t), s.open(t)
-			lease := mustAcquire(t, ctx, state, "w", "me", 150*time.Millisecond)
+			lease := mustAcquire(t, ctx, state, "w", "me", time.Second)
 			for list(t, ctx, state)[0].Held {
 				require.NoError(t, ctx.Err(), "the lease never ended")
 				time.Sleep(10 * time.Millisecond)

@@ -251,8 +251,9 @@ func (x breakage) suite() *suite {
 			return b, nil
 		}
 	}, x.features)
+	s.moment = 2 * time.Second // what is broken gets ahead also where the machine stalls
 	if x.hangs {
-		s.patience = time.Second
+		s.patience = 3 * time.Second // more than sound states need: a moment, or that a lease ends
 	}
 	return s
 }

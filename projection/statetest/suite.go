@@ -109,12 +109,14 @@ type suite struct {
 	features Features
 	// patience is how long a check waits for something that must come.
 	patience time.Duration
+	// moment is how long a race is held open, see afterOrSoon.
+	moment time.Duration
 	// bubble runs fn in a testing/synctest bubble.
 	bubble func(t testing.TB, fn func(testing.TB))
 }
 
 func newSuite(h Harness, f Features) *suite {
-	return &suite{harness: h, features: f, patience: time.Minute, bubble: func(t testing.TB, fn func(testing.TB)) {
+	return &suite{harness: h, features: f, patience: time.Minute, moment: 100 * time.Millisecond, bubble: func(t testing.TB, fn func(testing.TB)) {
 		synctest.Test(t.(*testing.T), func(t *testing.T) { fn(t) })
 	}}
 }
@@ -239,8 +241,8 @@ func mustAcquire(t testing.TB, ctx context.Context, state State, name, owner str
 // afterOrSoon waits until done is closed, but not longer than a moment: for
 // races that are held open on purpose and whose verdict must not depend on
 // whether the other side could get ahead meanwhile.
-func afterOrSoon(done <-chan struct{}) {
-	timer := time.NewTimer(100 * time.Millisecond)
+func (s *suite) afterOrSoon(done <-chan struct{}) {
+	timer := time.NewTimer(s.moment)
 	defer timer.Stop()
 	select {
 	case <-done:

@@ -223,7 +223,7 @@ var viewChecks = []check{
 						return errors.Join(tx.Put("t", "a", []byte("new")), tx.Put("t", "b", []byte("new")), tx.Put("u", "c", []byte("new")))
 					})
 				}()
-				afterOrSoon(updated)
+				s.afterOrSoon(updated)
 				require.Equal(t, []string{"a=old"}, rowsIn(t, tx, "t", projection.Range{}), "the view sees an update that committed after it had begun")
 				require.Empty(t, rowsIn(t, tx, "u", projection.Range{}))
 			})
@@ -247,7 +247,7 @@ var viewChecks = []check{
 						return err
 					}
 					close(written)
-					afterOrSoon(viewed)
+					s.afterOrSoon(viewed)
 					return failure
 				})
 			}()
@@ -276,6 +276,7 @@ var viewChecks = []check{
 			require.NoError(t, write(0))
 			const viewers, views = 4, 40
 			failed, wrote := make(chan error, viewers), make(chan struct{})
+			defer close(wrote) // views that are left when one has failed go on
 			for range viewers {
 				go func() {
 					for n := range views {
@@ -287,8 +288,8 @@ var viewChecks = []check{
 								}
 								if seen[string(row.Value)]++; n == 0 && row.Key == "05" {
 									// Two updates end, or try to, while this view is half way.
-									afterOrSoon(wrote)
-									afterOrSoon(wrote)
+									s.afterOrSoon(wrote)
+									s.afterOrSoon(wrote)
 								}
 								runtime.Gosched()
 							}

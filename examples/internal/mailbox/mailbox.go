@@ -20,9 +20,10 @@ import (
 // Message-ID, so that one sent twice is there once.
 type Mailbox struct {
 	// Port is where it serves, on the loopback interface.
-	Port   int
-	server *smtp.Server
-	served chan error
+	Port     int
+	server   *smtp.Server
+	listener net.Listener
+	served   chan error
 }
 
 // Start serves on a free port of the loopback interface until Close. It makes
@@ -44,7 +45,7 @@ func Serve(listener net.Listener, folder string, out io.Writer) *Mailbox {
 		return &session{folder: folder, out: out}, nil
 	}))
 	server.Domain = "localhost"
-	s := &Mailbox{Port: listener.Addr().(*net.TCPAddr).Port, server: server, served: make(chan error, 1)}
+	s := &Mailbox{Port: listener.Addr().(*net.TCPAddr).Port, server: server, listener: listener, served: make(chan error, 1)}
 	go func() { s.served <- server.Serve(listener) }()
 	return s
 }
@@ -52,7 +53,11 @@ func Serve(listener net.Listener, folder string, out io.Writer) *Mailbox {
 // Close stops the server.
 func (s *Mailbox) Close() error {
 	err := s.server.Close()
-	if served := <-s.served; !errors.Is(served, smtp.ErrServerClosed) {
+	// The server may not have heard of its listener yet.
+	if closing := s.listener.Close(); !errors.Is(closing, net.ErrClosed) {
+		err = errors.Join(err, closing)
+	}
+	if served := <-s.served; !errors.Is(served, smtp.ErrServerClosed) && !errors.Is(served, net.ErrClosed) {
 		err = errors.Join(err, served)
 	}
 	return err

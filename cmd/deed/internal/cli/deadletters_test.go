@@ -108,7 +108,7 @@ POSITION  EVENT          TYPE       ATTEMPTS  SET ASIDE +ERROR
 	require.Contains(t, do(exitUsage, "verify", "owners", "--later").stderr, "--later")
 	require.NoError(t, app.Stop(t.Context()))
 
-	require.Contains(t, do(exitFailure, "replay", "owners", "--wait", "50ms").stderr, "no process that runs the projection \"owners\" has answered; the request was taken back, unless one had just begun it (waited 50ms; see --wait and --later)")
+	require.Contains(t, do(exitFailure, "replay", "owners", "--wait", "1s").stderr, "no process that runs the projection \"owners\" has answered; the request was taken back, unless one had just begun it (waited 1s; see --wait and --later)")
 	require.Contains(t, do(exitUsage, "replay", "owners", "--wait", "0s").stderr, "--wait 0s")
 	require.Contains(t, do(exitFailure, "replay", "1").stderr, "projection name")
 }
