@@ -221,26 +221,28 @@ func TestPoint09_RepetitionAnsweredWithoutPosition(t *testing.T) {
 func TestPoint22_UnknownUntilTheKeyIsUsedAgain(t *testing.T) {
 	t.Parallel()
 	for _, written := range []bool{false, true} {
-		db := newDatabase()
-		s := over(t, db, Patience(50*time.Millisecond))
-		_, err := s.Append(t.Context(), happened(1))
-		require.NoError(t, err)
-		if written {
-			db.cut(0, 1_000_000, nil)
-		} else {
-			db.cut(1_000_000, 0, nil)
-		}
-		c := happened(2)
-		c.Key = "k"
-		_, err = s.Append(t.Context(), c)
-		require.ErrorIs(t, err, eventstore.ErrOutcomeUnknown)
-		require.True(t, eventstore.CanRetry(err))
-		db.cut(0, 0, nil)
-		r, err := s.Append(t.Context(), c)
-		require.NoError(t, err)
-		require.Equal(t, written, r.Duplicate)
-		require.Equal(t, uint64(3), r.Revision(ann).Version)
-		require.Len(t, all(t, s, eventstore.OneStream(ann)), 3)
+		synctest.Test(t, func(t *testing.T) { // patience runs out by nothing but pauses
+			db := newDatabase()
+			s := over(t, db, Patience(50*time.Millisecond))
+			_, err := s.Append(t.Context(), happened(1))
+			require.NoError(t, err)
+			if written {
+				db.cut(0, 1_000_000, nil)
+			} else {
+				db.cut(1_000_000, 0, nil)
+			}
+			c := happened(2)
+			c.Key = "k"
+			_, err = s.Append(t.Context(), c)
+			require.ErrorIs(t, err, eventstore.ErrOutcomeUnknown)
+			require.True(t, eventstore.CanRetry(err))
+			db.cut(0, 0, nil)
+			r, err := s.Append(t.Context(), c)
+			require.NoError(t, err)
+			require.Equal(t, written, r.Duplicate)
+			require.Equal(t, uint64(3), r.Revision(ann).Version)
+			require.Len(t, all(t, s, eventstore.OneStream(ann)), 3)
+		})
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/require"
@@ -38,22 +39,24 @@ func (r *breakingReader) Next(ctx context.Context) (*driver.Recorded, error) {
 }
 
 func TestStore_SlowReceiverOfRead(t *testing.T) {
-	db := newDatabase()
-	d := &breaking{client: db.client(), breakAt: -1}
-	s, err := Open(t.Context(), "", withDriver(d), Patience(50*time.Millisecond))
-	require.NoError(t, err)
-	defer s.Close()
-	_, err = s.Append(t.Context(), rvCommit(3))
-	require.NoError(t, err)
-	d.seen, d.breakAt = 0, 1
-	n := 0
-	for _, err := range s.Read(t.Context(), eventstore.OneStream(rv), eventstore.ReadOptions{Backward: true}) {
-		require.NoError(t, err, "after %d", n)
-		if n++; n == 1 {
-			time.Sleep(100 * time.Millisecond) // the receiver takes longer than Patience
+	synctest.Test(t, func(t *testing.T) { // patience runs out by nothing but the receiver's time
+		db := newDatabase()
+		d := &breaking{client: db.client(), breakAt: -1}
+		s, err := Open(t.Context(), "", withDriver(d), Patience(50*time.Millisecond))
+		require.NoError(t, err)
+		defer s.Close()
+		_, err = s.Append(t.Context(), rvCommit(3))
+		require.NoError(t, err)
+		d.seen, d.breakAt = 0, 1
+		n := 0
+		for _, err := range s.Read(t.Context(), eventstore.OneStream(rv), eventstore.ReadOptions{Backward: true}) {
+			require.NoError(t, err, "after %d", n)
+			if n++; n == 1 {
+				time.Sleep(100 * time.Millisecond) // the receiver takes longer than Patience
+			}
 		}
-	}
-	require.Equal(t, 3, n)
+		require.Equal(t, 3, n)
+	})
 }
 
 // what findEnd has looked through is lost when patience ends.

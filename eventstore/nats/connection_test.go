@@ -64,7 +64,7 @@ func TestStore_ClosedAfterSending(t *testing.T) {
 	require.NoError(t, err)
 	d.held.Store(true)
 	p := store.Enqueue(t.Context(), eventstore.Commit{Events: happened(account("ann"), 1)})
-	require.Eventually(t, func() bool { h, err := other.Head(t.Context()); return err == nil && h == 2 }, 5*time.Second, time.Millisecond)
+	require.Eventually(t, func() bool { h, err := other.Head(t.Context()); return err == nil && h == 2 }, time.Minute, time.Millisecond)
 	conn.Close()
 	_, err = p.Result()
 	t.Logf("%v", err)

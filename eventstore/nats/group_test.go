@@ -201,7 +201,7 @@ func TestStore_Mirror(t *testing.T) {
 		require.Eventually(t, func() bool {
 			i, err := m.Info(t.Context())
 			return err == nil && i.State.LastSeq >= 30
-		}, 10*time.Second, 10*time.Millisecond)
+		}, time.Minute, 10*time.Millisecond)
 		bad := map[string]int{}
 		for range 50 {
 			n := 0

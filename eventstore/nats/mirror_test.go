@@ -110,7 +110,7 @@ func TestStore_MirrorSubscribe(t *testing.T) {
 		require.Eventually(t, func() bool {
 			i, err := m.Info(t.Context())
 			return err == nil && i.State.LastSeq >= 30
-		}, 10*time.Second, 10*time.Millisecond)
+		}, time.Minute, 10*time.Millisecond)
 		short := 0
 		for range 20 {
 			n := 0

@@ -244,7 +244,7 @@ func TestSubscribe_RestoredBeforeItFollows(t *testing.T) {
 	require.NoError(t, c.Start(0))
 	_, err = reopenLog(t, c, name).Append(t.Context(), eventstore.Commit{Events: happened(account("bob"), 9)})
 	require.NoError(t, err)
-	require.Eventually(t, func() bool { return store.conn.Stats().Reconnects == 2 && store.conn.IsConnected() }, time.Minute, time.Millisecond)
+	require.Eventually(t, func() bool { return store.conn.Stats().Reconnects >= 2 && store.conn.IsConnected() }, time.Minute, time.Millisecond)
 	release()
 	require.ErrorIs(t, <-ended, eventstore.ErrGap, "it goes on with what it has never seen the beginning of")
 }

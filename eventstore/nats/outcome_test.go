@@ -173,13 +173,12 @@ func TestOutcome_OneLoserOfABatch(t *testing.T) {
 		other := reopenLog(t, c, log)
 		const writers = 40
 		var open atomic.Bool
-		batch := 0
+		var sizes []int // of the batches
 		store := reopenLog(t, c, log, hooked(func(s *settings) {
 			s.grouping = 2
 			s.hold = func() bool { return !open.Load() }
 			s.sending = func(messages []*client.Msg) {
-				if batch++; batch == 1 {
-					require.Len(t, messages, writers, "they do not share a batch")
+				if sizes = append(sizes, len(messages)); len(sizes) == 1 {
 					_, err := other.Append(context.Background(), eventstore.Commit{Events: happened(account("7"), 1)})
 					require.NoError(t, err)
 				}
@@ -202,7 +201,13 @@ func TestOutcome_OneLoserOfABatch(t *testing.T) {
 			}
 			require.NoError(t, err, "writer %d shares a batch with a loser", n)
 		}
-		require.Equal(t, 2, batch, "one batch that failed, and one of those who had not lost")
+		// One batch that failed, and one of those who had not lost; the server may refuse
+		// either for a moment, and is asked again.
+		require.Equal(t, writers, sizes[0], "they do not share a batch")
+		for _, n := range sizes {
+			require.Contains(t, []int{writers, writers - 1}, n, "%v", sizes)
+		}
+		require.Equal(t, writers-1, sizes[len(sizes)-1], "%v", sizes)
 		require.Len(t, read(t, store, eventstore.All(), eventstore.ReadOptions{}), writers)
 	})
 }
@@ -273,9 +278,10 @@ func TestOutcome_TwoProcesses(t *testing.T) {
 func TestOutage_OneServer(t *testing.T) {
 	t.Parallel()
 	c := servers(t, 1)
-	store, _ := openLog(t, c, Patience(300*time.Millisecond), hooked(func(s *settings) { s.attempt = 200 * time.Millisecond }))
+	patient, name := openLog(t, c)
+	store := reopenLog(t, c, name, Patience(300*time.Millisecond), hooked(func(s *settings) { s.attempt = 200 * time.Millisecond }))
 	ann := account("ann")
-	_, err := store.Append(t.Context(), eventstore.Commit{Events: happened(ann, 3)})
+	_, err := patient.Append(t.Context(), eventstore.Commit{Events: happened(ann, 3)})
 	require.NoError(t, err)
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -329,7 +335,8 @@ func TestOutage_OneServer(t *testing.T) {
 	all.Wait()
 	require.NoError(t, c.Start(0))
 	require.Eventually(t, func() bool {
-		_, err := store.Append(ctx, eventstore.Commit{Events: happened(ann, 1), Conditions: []eventstore.Condition{eventstore.StreamAt(ann, eventstore.Revision{Version: 3})}})
+		// By its key a commit whose answer was lost is found again.
+		_, err := store.Append(ctx, eventstore.Commit{Events: happened(ann, 1), Key: "again", Conditions: []eventstore.Condition{eventstore.StreamAt(ann, eventstore.Revision{Version: 3})}})
 		return err == nil
 	}, 30*time.Second, 10*time.Millisecond)
 	require.Equal(t, uint64(4), (<-seen).Version)

@@ -21,7 +21,7 @@ func TestStore_RefusedBatchWithOthers(t *testing.T) {
 	c := shared.get(t, 1)
 	for _, n := range []int{1, 2} {
 		var open atomic.Bool
-		store, name := openLog(t, c, Patience(5*time.Second), hooked(func(s *settings) {
+		store, name := openLog(t, c, hooked(func(s *settings) {
 			s.hold = func() bool { return !open.Load() }
 			s.grouping = 2
 			s.lookEvery = time.Hour // the new limit is not noticed
@@ -67,6 +67,8 @@ func TestStore_Full(t *testing.T) {
 			require.NoError(t, err)
 			refused := func(events []eventstore.Event) {
 				t.Helper()
+				// A refusal is final while all replicas are known to follow the leader.
+				require.Eventually(t, func() bool { return store.leads(t.Context(), 0) }, time.Minute, 10*time.Millisecond)
 				before := len(read(t, store, eventstore.All(), eventstore.ReadOptions{}))
 				_, err := store.Append(t.Context(), eventstore.Commit{Events: events})
 				require.ErrorIs(t, err, eventstore.ErrUnavailable)

@@ -3,6 +3,7 @@ package mailbox
 import (
 	"bytes"
 	"fmt"
+	"io"
 	"path/filepath"
 	"testing"
 
@@ -29,4 +30,14 @@ func TestMailbox_KeepsNothingItCannotRead(t *testing.T) {
 	names, err := filepath.Glob(filepath.Join(dir, "*"))
 	require.NoError(t, err)
 	require.Empty(t, names)
+}
+
+// Also before the server has heard of its listener.
+func TestClose_AtOnce(t *testing.T) {
+	t.Parallel()
+	for range 20 {
+		m, err := Start(t.TempDir(), io.Discard)
+		require.NoError(t, err)
+		require.NoError(t, m.Close())
+	}
 }
