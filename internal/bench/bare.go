@@ -40,7 +40,8 @@ const (
 	data     bytea,
 	UNIQUE (stream, version)
 ); CREATE INDEX ON events (kind, position)`
-	bareCopy = `SELECT pg_advisory_xact_lock(7266);COPY events (position, version, kind, slice, id, time, stream, tags, metadata, data) FROM STDIN (FORMAT binary)`
+	bareLock = `SELECT pg_advisory_xact_lock(7266)`
+	bareCopy = `COPY events (position, version, kind, slice, id, time, stream, tags, metadata, data) FROM STDIN (FORMAT binary)`
 )
 
 func openBare(ctx context.Context, p params) (*job, error) {
@@ -73,6 +74,12 @@ func openBare(ctx context.Context, p params) (*job, error) {
 		return nil
 	}
 	j.notes = fmt.Sprintf("%d events a COPY", bareBatch)
+	for name, text := range map[string]string{"lock": bareLock, "copy": bareCopy} {
+		if _, err := conn.Conn().Prepare(ctx, name, text); err != nil {
+			conn.Release()
+			return fail(err)
+		}
+	}
 	streams := newCursors(params{Writers: 1, Streams: 1000})[0]
 	var at int64
 	var message []byte
@@ -80,13 +87,16 @@ func openBare(ctx context.Context, p params) (*job, error) {
 	j.op = func(ctx context.Context, _ int) (int, error) {
 		one.Lock()
 		defer one.Unlock()
-		message = bareMessage(message[:0], func(b []byte) []byte {
+		var err error
+		if message, err = bareMessage(message[:0], func(b []byte) []byte {
 			for range bareBatch {
 				at++
 				b = bareRow(b, at, streams.advance(), data)
 			}
 			return b
-		})
+		}); err != nil {
+			return 0, err
+		}
 		wire := conn.Conn().PgConn()
 		if _, err := wire.Conn().Write(message); err != nil {
 			return 0, err
@@ -110,18 +120,21 @@ func openBare(ctx context.Context, p params) (*job, error) {
 	return j, nil
 }
 
-// bareMessage appends the query and the data that it will ask for, in the
-// binary format of COPY.
-func bareMessage(b []byte, rows func([]byte) []byte) []byte {
-	b = append(b, 'Q')
-	b = binary.BigEndian.AppendUint32(b, uint32(4+len(bareCopy)+1))
-	b = append(append(b, bareCopy...), 0)
+// bareMessage appends the statements and the data that the second will ask for, in
+// the binary format of COPY.
+func bareMessage(b []byte, rows func([]byte) []byte) ([]byte, error) {
+	var err error
+	for _, m := range []pgproto3.FrontendMessage{&pgproto3.Bind{PreparedStatement: "lock"}, &pgproto3.Execute{}, &pgproto3.Bind{PreparedStatement: "copy"}, &pgproto3.Execute{}} {
+		if b, err = m.Encode(b); err != nil {
+			return nil, err
+		}
+	}
 	at := len(b) + 1
 	b = append(b, 'd', 0, 0, 0, 0)
 	b = rows(append(b, "PGCOPY\n\xff\r\n\x00\x00\x00\x00\x00\x00\x00\x00\x00"...))
 	b = binary.BigEndian.AppendUint16(b, 0xffff)
 	binary.BigEndian.PutUint32(b[at:], uint32(len(b)-at))
-	return append(b, 'c', 0, 0, 0, 4)
+	return append(b, 'c', 0, 0, 0, 4, 'S', 0, 0, 0, 4), nil // CopyDone, Sync
 }
 
 func bareRow(b []byte, at int64, in position, data []byte) []byte {
