@@ -410,26 +410,21 @@ func (c *committer) hangUp() {
 func (c *committer) lookup(b *batch, q *questions) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(c.s.base), answerTimeout)
 	defer cancel()
-	for {
-		l := &lookup{s: c.s}
-		if err := c.snapshot(ctx, l, q); err != nil {
-			return asLost(err)
-		}
-		if l.outdated() {
-			if err := c.s.learn(ctx, c.conn); err != nil {
-				return asLost(err)
-			}
-			continue
-		}
-		before := c.l.known
-		if err := l.settle(c.l, b, q); err != nil {
-			return err
-		}
-		if c.l.known > before {
-			c.calm = 0
-		}
-		return nil
+	l := &lookup{s: c.s}
+	if err := c.snapshot(ctx, l, q); err != nil {
+		return asLost(err)
 	}
+	if err := c.knowKinds(ctx, l.delta); err != nil {
+		return asLost(err)
+	}
+	before := c.l.known
+	if err := l.settle(c.l, b, q); err != nil {
+		return err
+	}
+	if c.l.known > before {
+		c.calm = 0
+	}
+	return nil
 }
 
 // snapshot asks the questions in one transaction with one snapshot, and in one

@@ -62,6 +62,9 @@ func transient(err error) bool {
 // errNoAnswer: the server was given all the time it can have.
 var errNoAnswer = errors.New("the server did not answer in time")
 
+// errForgotten: the session has lost what was prepared in it.
+var errForgotten = errors.New("the session has lost its prepared statements")
+
 // lost reports whether there was no answer: the connection was refused, broke,
 // or was closed before.
 func lost(err error) bool {
@@ -71,7 +74,7 @@ func lost(err error) bool {
 	if _, ok := errors.AsType[*pgconn.ConnectError](err); ok {
 		return true
 	}
-	return errors.Is(err, errNoAnswer) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
+	return errors.Is(err, errNoAnswer) || errors.Is(err, errForgotten) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
 		errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || pgconn.SafeToRetry(err)
 }
 

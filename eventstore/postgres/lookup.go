@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -39,7 +40,6 @@ const mostDelta = 1000
 // answers questions there, all on one snapshot.
 type lookup struct {
 	s     *Store
-	kinds int // in the database
 	delta []foreign
 	head  eventstore.Position
 	last  uuid.UUID
@@ -61,7 +61,7 @@ func (l *lookup) queue(b *pgx.Batch, known eventstore.Position, q *questions) {
 	b.Queue(s.texts.ends).QueryRow(func(row pgx.Row) error {
 		var head *int64
 		var last *uuid.UUID
-		if err := row.Scan(&l.kinds, &head, &last); err != nil || head == nil {
+		if err := row.Scan(&head, &last); err != nil || head == nil {
 			return err
 		}
 		l.head, l.last = eventstore.Position(*head), *last
@@ -138,21 +138,17 @@ func (l *lookup) queueBehind(b *pgx.Batch, known eventstore.Position) {
 // it takes queue to know.
 func (l *lookup) behind(at *ledger) (whole bool, err error) {
 	rows := l.delta
-	if len(rows) == 0 || rows[0].position != at.known || len(rows) > mostDelta+1 {
+	if len(rows) == 0 || rows[0].position != at.known {
 		return false, nil
 	}
 	if err := at.recognise(rows[0].id); err != nil {
 		return false, err
 	}
+	if len(rows) > mostDelta+1 {
+		return false, nil
+	}
 	last := &rows[len(rows)-1]
 	l.delta, l.head, l.last = rows[1:], last.position, last.id
-	byID := l.s.kinds.Load().byID
-	l.kinds = len(byID)
-	for i := range l.delta {
-		if _, ok := byID[l.delta[i].kind]; !ok {
-			l.kinds++ // at least
-		}
-	}
 	return true, nil
 }
 
@@ -249,8 +245,17 @@ func (l *lookup) scan(ctx context.Context, conn *pgx.Conn, q *questions) error {
 	return nil
 }
 
-// outdated reports whether others have made kinds that are not known here.
-func (l *lookup) outdated() bool { return l.kinds != len(l.s.kinds.Load().byID) }
+// knows reports whether the kinds of all that others have written are known. How
+// many there are says nothing: this process and another may have made one each.
+func (s *Store) knows(delta []foreign) bool {
+	known := s.kinds.Load()
+	for i := range delta {
+		if _, ok := known.byID[delta[i].kind]; !ok {
+			return false
+		}
+	}
+	return true
+}
 
 // settle enters what was found into the ledger and the batch.
 func (l *lookup) settle(to *ledger, b *batch, q *questions) error {
@@ -298,7 +303,11 @@ func (s *Store) enterForeign(to *ledger, delta []foreign) error {
 		if err != nil {
 			return err
 		}
-		to.enter(&eventstore.Recorded{ID: f.id, Stream: stream, Version: f.version, Position: f.position, Type: known.byID[f.kind].eventType, Tags: f.tags})
+		of, ok := known.byID[f.kind]
+		if !ok {
+			return fmt.Errorf("%w: the event at position %d is of the kind %d, which there is not: %w", eventstore.ErrGap, f.position, f.kind, errRestored)
+		}
+		to.enter(&eventstore.Recorded{ID: f.id, Stream: stream, Version: f.version, Position: f.position, Type: of.eventType, Tags: f.tags})
 	}
 	return nil
 }

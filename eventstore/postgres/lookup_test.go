@@ -63,3 +63,35 @@ func TestLookup_Behind(t *testing.T) {
 	require.ErrorIs(t, err, eventstore.ErrConflict, "it is judged on what is behind")
 	require.EqualValues(t, 5, s.Stats().DoubleTrips)
 }
+
+// While the lock is held, another event of a kind that is not known here is found,
+// and a reader of this process makes another kind known: as many as there are.
+func TestLookup_KindsOfTwo(t *testing.T) {
+	t.Parallel()
+	url := pgtest.Database(t)
+	s, other := openURL(t, url), openURL(t, url)
+	mustAppend(t, s, commit(event(account("x"), "first")))
+	c := &committer{s: s, l: newLedger(), conn: direct(t, url)}
+	c.l.reset(1, readAll(t, s, eventstore.All())[0].ID)
+	do(t, c.conn, "INSERT INTO deed.kinds (category, type) VALUES ('account', 'A')")
+	learned, err := s.readKinds(t.Context(), c.conn)
+	require.NoError(t, err)
+	mustAppend(t, other, commit(event(account("y"), "B")))
+
+	l, trip := &lookup{s: s}, &pgx.Batch{}
+	l.queueBehind(trip, c.l.known)
+	require.NoError(t, c.conn.SendBatch(t.Context(), trip).Close())
+	whole, err := l.behind(c.l)
+	require.NoError(t, err)
+	require.True(t, whole)
+	s.kinds.Store(learned) // as the reader does
+	require.False(t, s.knows(l.delta))
+	b := &batch{entries: []*entry{{commit: under(commit(event(account("z"), "first")), at(account("z"), 0), eventstore.NoneMatch(eventstore.OfTypes("B"), 1))}}}
+	require.ErrorIs(t, l.settle(c.l, b, &questions{}), eventstore.ErrGap, "an event of no kind is not entered")
+
+	require.NoError(t, c.knowKinds(t.Context(), l.delta))
+	require.NoError(t, l.settle(c.l, b, &questions{}))
+	need, _ := b.judge(c.l)
+	require.False(t, need.any())
+	require.Len(t, b.losers, 1, "there is a B")
+}

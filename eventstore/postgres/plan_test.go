@@ -166,7 +166,7 @@ func planCases(limit int) map[string]struct {
 	texts := newTexts(`"deed"`)
 	cast := strings.NewReplacer("$1", "$1::bigint", "$2", "$2::bigint")
 	all["head"] = one{statement{text: texts.head}, 2}
-	all["ends"] = one{statement{text: texts.ends}, 12} // and the kinds
+	all["ends"] = one{statement{text: texts.ends}, 2}
 	all["last event"] = one{statement{text: cast.Replace(texts.lastEvent), args: []any{int64(planEvents / 2)}}, 2}
 	all["delta"] = one{statement{text: cast.Replace(texts.delta), args: []any{int64(planEvents - 10), int64(1000)}}, 12}
 	all["heads"] = one{statement{text: texts.heads, args: []any{[]string{"cat3-7", "cat0-0", "none-1"}}}, 4}

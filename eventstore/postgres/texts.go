@@ -32,7 +32,7 @@ func newTexts(schema string) texts {
 		lock:         with("SELECT {schema}.lock_log($1)"),
 		lockTimed:    "SELECT clock_timestamp(), pg_advisory_xact_lock($1), clock_timestamp()",
 		lockFirst:    "SELECT pg_advisory_xact_lock($1)",
-		ends: with(`SELECT (SELECT count(*) FROM {schema}.kinds)::int, e.position, e.id FROM (VALUES (1)) AS one (row)
+		ends: with(`SELECT e.position, e.id FROM (VALUES (1)) AS one (row)
 			LEFT JOIN LATERAL (SELECT position, id FROM {schema}.events ORDER BY position DESC LIMIT 1) e ON true`),
 		written: with(`SELECT f.id, e.position, e.version FROM (SELECT e.position, e.id, n.size FROM {schema}.events e
 				JOIN unnest($2::text[], $3::int[]) AS n (id, size) ON n.id::uuid = e.id WHERE e.position > $1 OFFSET 0) f

@@ -135,10 +135,9 @@ func (s *Store) appendWithin(ctx context.Context, tx pgx.Tx, e *entry) (eventsto
 			if err == nil {
 				err = found.scan(ctx, tx.Conn(), &need)
 			}
-			if err == nil && found.outdated() {
-				if err = s.reading(ctx, "append", func(ctx context.Context, conn *pgx.Conn) error { return s.learn(ctx, conn) }); err == nil {
-					continue
-				}
+			if err == nil && !s.knows(found.delta) {
+				// Not in this transaction, which may see what will be rolled back.
+				err = s.reading(ctx, "append", func(ctx context.Context, conn *pgx.Conn) error { return s.learn(ctx, conn) })
 			}
 			if err == nil {
 				err = found.settle(l, b, &need)

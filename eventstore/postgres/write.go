@@ -184,11 +184,19 @@ func (c *committer) prepare() error {
 	} {
 		trip.SendPrepare(one[0], one[1], nil)
 	}
+	// What is asked for when a connection is made does not reach the server through
+	// every proxy, or is undone by a hook of the program's; a batch relies on these.
+	for _, name := range []string{"lock_timeout", "idle_in_transaction_session_timeout", "default_transaction_isolation", "synchronous_commit"} {
+		if value, ok := c.s.config.RuntimeParams[name]; ok {
+			trip.SendQueryParams("SELECT set_config($1, $2, false)", [][]byte{[]byte(name), []byte(value)}, nil, nil, nil)
+		}
+	}
 	err := trip.Sync()
 	if closing := trip.Close(); err == nil {
 		err = closing
 	}
 	if err != nil {
+		c.hangUp() // some may be there, and are not made twice
 		return asLost(err)
 	}
 	c.prepared = c.conn
@@ -213,7 +221,12 @@ func (c *committer) copyMessages(b *batch, whole bool) []byte {
 		if b.keys > 0 {
 			text += ";" + c.s.texts.copyKeys
 		}
-		to = appendQuery(to, text+";COMMIT")
+		if whole { // nobody chooses it: see choose
+			text = fmt.Sprintf("SELECT pg_advisory_xact_lock(%d);", c.s.lock) + text
+		} else {
+			text += ";COMMIT"
+		}
+		to = appendQuery(to, text)
 		execute = func(to []byte, _ string, _ ...int64) []byte { return to }
 	} else if whole && !c.s.settings.unlocked {
 		to = execute(to, preparedLock, c.s.lock)
@@ -268,6 +281,16 @@ func (c *committer) copyMessages(b *batch, whole bool) []byte {
 	return to
 }
 
+// forgotten turns the answer that a statement is not there, which somebody has taken
+// away or a proxy has left on another connection, into a lost connection.
+func (c *committer) forgotten(err error) error {
+	if code(err) != "26000" {
+		return err
+	}
+	c.hangUp()
+	return fmt.Errorf("%w: %s", errForgotten, err.Error())
+}
+
 // copyAt writes the batch in one message.
 func (c *committer) copyAt(b *batch) (*landing, error) {
 	b.trying(c.l.known)
@@ -276,7 +299,7 @@ func (c *committer) copyAt(b *batch) (*landing, error) {
 		if answered(err) {
 			b.refused()
 		}
-		return nil, err
+		return nil, c.forgotten(err)
 	}
 	return &landing{head: c.l.known, wait: answer.wait, hold: answer.hold}, nil
 }
@@ -375,15 +398,13 @@ func (c *committer) call(b *batch) (*landing, error) {
 	return done, nil
 }
 
-// knowKinds learns the kinds that others have made.
+// knowKinds learns the kinds that others have made, if what they have written is of
+// such.
 func (c *committer) knowKinds(ctx context.Context, delta []foreign) error {
-	known := c.s.kinds.Load()
-	for i := range delta {
-		if _, ok := known.byID[delta[i].kind]; !ok {
-			return c.s.learn(ctx, c.conn)
-		}
+	if c.s.knows(delta) {
+		return nil
 	}
-	return nil
+	return c.s.learn(ctx, c.conn)
 }
 
 // called is what the function has to say.
@@ -589,7 +610,7 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	var waited int64
 	trip := &pgx.Batch{}
 	trip.Queue("BEGIN ISOLATION LEVEL READ COMMITTED")
-	told := !c.s.settings.pooled && !c.s.settings.unlocked
+	told := !c.s.settings.pooled && !c.s.settings.unlocked && len(c.s.inlines()) == 0 // whose handlers may tell the session something else
 	if told {
 		// The session knows the rest.
 		trip.Queue(c.s.texts.lockTimed, c.s.lock).QueryRow(func(row pgx.Row) error {
@@ -641,10 +662,8 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 			return rollback(err)
 		}
 	}
-	if l.outdated() {
-		if err := c.s.learn(ctx, c.conn); err != nil {
-			return rollback(asLost(err))
-		}
+	if err := c.knowKinds(ctx, l.delta); err != nil {
+		return rollback(asLost(err))
 	}
 	before := c.l.known
 	if err := l.settle(c.l, b, &questions{}); err != nil {
@@ -719,6 +738,9 @@ func (c *committer) twoTrips(b *batch) (*landing, error) {
 	if err != nil {
 		if answered(err) {
 			b.refused()
+			if err := c.forgotten(err); c.conn == nil {
+				return nil, err
+			}
 			return rollback(err)
 		}
 		return nil, err
