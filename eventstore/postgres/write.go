@@ -205,8 +205,8 @@ func (c *committer) prepare() error {
 
 // copyMessages returns the messages that write the batch, with the data that the
 // server will ask for. They are a transaction, with the lock, or the end of one. What
-// they execute is prepared, which saves the server a tenth of the time; behind a
-// pooler it is a query.
+// they execute is prepared, which saves the server parsing and planning while others
+// wait; behind a pooler it is a query.
 func (c *committer) copyMessages(b *batch, whole bool) []byte {
 	if cap(c.buffer) > 8<<20 {
 		c.buffer = nil
