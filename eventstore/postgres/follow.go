@@ -388,8 +388,23 @@ func (s *Store) Released(ctx context.Context) <-chan string {
 	return to
 }
 
-// betweenNotifications is the least time from one to the next.
-const betweenNotifications = 2 * time.Millisecond
+const (
+	// betweenNotifications is the least time from one to the next.
+	betweenNotifications = 2 * time.Millisecond
+	// whileBusy is what that time grows to while busyGrowth events or more come in
+	// each millisecond: a notification costs the server and whoever listens about as
+	// much as a commit does, which is what many callers wait for.
+	whileBusy  = 8 * time.Millisecond
+	busyGrowth = 5
+)
+
+// pauseAfter returns the pause that follows one in which so many events have come.
+func pauseAfter(pause time.Duration, events int64) time.Duration {
+	if events < busyGrowth*int64(pause/time.Millisecond) {
+		return betweenNotifications
+	}
+	return min(2*pause, whileBusy)
+}
 
 func newNotifier(s *Store) *notifier { return &notifier{s: s, wake: make(chan struct{}, 1)} }
 
@@ -412,7 +427,7 @@ func (n *notifier) run() {
 		}
 	}
 	defer hangUp()
-	told := uint64(0)
+	told, pause := uint64(0), betweenNotifications
 	for last := false; !last; {
 		select {
 		case <-n.wake:
@@ -445,14 +460,15 @@ func (n *notifier) run() {
 			_, err = conn.Exec(ctx, n.s.texts.notifyAll, n.s.channel(), names)
 		}
 		cancel()
-		pause := betweenNotifications
+		wait := pause
 		if err != nil {
 			hangUp()
-			pause = longestPoll // those who wait are polling
+			wait = longestPoll // those who wait are polling
 		}
-		timer := time.NewTimer(pause)
+		timer := time.NewTimer(wait)
 		select {
 		case <-timer.C:
+			pause = pauseAfter(pause, int64(n.head.Load()-told))
 		case <-n.s.base.Done():
 			timer.Stop()
 		}

@@ -178,6 +178,7 @@ type judgement struct {
 	l     *ledger
 	need  questions
 	heads map[eventstore.Stream]*tip
+	tips  []tip  // what heads points to, made many at once
 	now   recent // the winners' events, where there are queries to match them
 	used  map[string]bool
 
@@ -282,7 +283,11 @@ func (j *judgement) head(s eventstore.Stream, mustBeNew bool) (*tip, bool) {
 		j.need.streams[s] = true
 		return nil, false
 	}
-	t = &tip{streamHead: h, assumed: !ok}
+	if len(j.tips) == cap(j.tips) {
+		j.tips = make([]tip, 0, max(8, len(j.b.entries)))
+	}
+	j.tips = append(j.tips, tip{streamHead: h, assumed: !ok})
+	t = &j.tips[len(j.tips)-1]
 	j.heads[s] = t
 	return t, true
 }

@@ -120,3 +120,21 @@ func TestStore_Subscribe_Latency(t *testing.T) {
 		})
 	}
 }
+
+// Notifications come at once when little is written, less often the longer much is,
+// and at once again when that is over.
+func TestNotifier_PauseAfter(t *testing.T) {
+	t.Parallel()
+	pause := betweenNotifications
+	for range 3 {
+		pause = pauseAfter(pause, 9)
+		require.Equal(t, betweenNotifications, pause, "a writer that waits for each commit")
+	}
+	for _, want := range []time.Duration{4, 8, 8} {
+		pause = pauseAfter(pause, 5*int64(pause/time.Millisecond))
+		require.Equal(t, want*time.Millisecond, pause, "many writers")
+	}
+	require.Equal(t, betweenNotifications, pauseAfter(pause, 39), "less than that for as long as the pause was")
+	require.Equal(t, betweenNotifications, pauseAfter(pause, 0))
+	require.Equal(t, betweenNotifications, pauseAfter(pause, -3), "an older outcome was looked up")
+}
