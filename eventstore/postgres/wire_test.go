@@ -242,6 +242,38 @@ func FuzzDecodeTexts(f *testing.F) {
 	})
 }
 
+// A row that somebody has damaged is an error, or what pgx understands by it.
+func FuzzDecodeForeign(f *testing.F) {
+	id := uuid.New()
+	f.Add(appendInt64(nil, 7), appendInt64(nil, 1), appendInt32(nil, 3), id[:], "account-ann", appendTexts(nil, []string{"a"}))
+	f.Add(appendInt64(nil, -1), appendInt64(nil, 0), appendInt32(nil, -3), id[:], "", []byte(nil))
+	f.Add([]byte(nil), []byte{1}, []byte(nil), id[:15], "é", []byte{0})
+	f.Fuzz(func(t *testing.T, position, version, kind, id []byte, stream string, tags []byte) {
+		row := [][]byte{position, version, kind, id, []byte(stream), tags}
+		for n := range row {
+			_, err := decodeForeign(row[:n])
+			require.ErrorIs(t, err, errForeign, "%d fields", n)
+		}
+		got, err := decodeForeign(row)
+		if err != nil {
+			return
+		}
+		scan := func(oid uint32, b []byte, into any) {
+			require.NoError(t, pgtype.NewMap().Scan(oid, pgtype.BinaryFormatCode, b, into))
+		}
+		var p, v int64
+		var k int32
+		var u uuid.UUID
+		scan(pgtype.Int8OID, position, &p)
+		scan(pgtype.Int8OID, version, &v)
+		scan(pgtype.Int4OID, kind, &k)
+		scan(pgtype.UUIDOID, id, &u)
+		all, err := decodeTexts(tags)
+		require.NoError(t, err)
+		require.Equal(t, foreign{position: eventstore.Position(p), version: uint64(v), kind: k, id: u, stream: stream, tags: all}, got)
+	})
+}
+
 func TestTokens(t *testing.T) {
 	t.Parallel()
 	for sql, want := range map[string]string{
