@@ -30,7 +30,9 @@ type follower struct {
 
 	followers atomic.Int64 // subscriptions that want the tail to move
 	hint      atomic.Uint64
-	heard     atomic.Bool // a notification has come since the last look by time
+	awaits    atomic.Uint64 // transactions of the program's that have appended
+	awaited   atomic.Uint64 // where the last of them ends
+	heard     atomic.Bool   // a notification has come since the last look by time
 	listening atomic.Bool
 
 	mu sync.Mutex // of appending to the tail
@@ -58,16 +60,71 @@ func (f *follower) committed(events []eventstore.Recorded) {
 
 // expect says that the log has come at least so far.
 func (f *follower) expect(p eventstore.Position) {
+	raise(&f.hint, uint64(p))
+	poke(f.wake)
+}
+
+// await says that a transaction of the program's own, once it is committed, will have
+// brought the log so far.
+func (f *follower) await(p eventstore.Position) {
+	f.awaited.Store(uint64(p))
+	f.awaits.Add(1)
+	poke(f.wake)
+}
+
+// raise stores the number unless a larger one is there.
+func raise(to *atomic.Uint64, n uint64) {
 	for {
-		hint := f.hint.Load()
-		if hint >= uint64(p) {
-			break
-		}
-		if f.hint.CompareAndSwap(hint, uint64(p)) {
-			break
+		if now := to.Load(); now >= n || to.CompareAndSwap(now, n) {
+			return
 		}
 	}
-	poke(f.wake)
+}
+
+// lookout is how the follower looks for what was awaited. It is used by one goroutine.
+type lookout struct {
+	count    uint64              // of what was awaited so far
+	position eventstore.Position // where it is over
+	seen     eventstore.Position
+	until    time.Time
+	pause    time.Duration // until the next look; 0: there is nothing to look for
+}
+
+// mostAwaited is how long it is looked for: most transactions have been committed by
+// then, and the others are seen like those of other processes.
+const mostAwaited = 10 * time.Second
+
+// begin takes up what was awaited since, and reports whether the next look is sooner
+// than it was.
+func (l *lookout) begin(count uint64, p eventstore.Position) bool {
+	if count == l.count {
+		return false
+	}
+	sooner := l.pause != shortestPoll
+	l.count, l.position, l.until, l.pause = count, p, time.Now().Add(mostAwaited), shortestPoll
+	return sooner
+}
+
+// looked is told how far the log has come, and reports whether others are to be told.
+// What was awaited may never come, and less than that may.
+func (l *lookout) looked(head eventstore.Position) bool {
+	if l.pause == 0 {
+		return false
+	}
+	news := head > l.seen
+	l.seen = max(l.seen, head)
+	if l.pause = min(2*l.pause, longestPoll); head >= l.position || time.Now().After(l.until) {
+		l.pause = 0
+	}
+	return news
+}
+
+// within is the time until the next look, where that is due anyway after the pause.
+func (l *lookout) within(pause time.Duration) time.Duration {
+	if l.pause == 0 {
+		return pause
+	}
+	return min(pause, l.pause)
 }
 
 // How often the follower looks at the log. Notifications make looking needless
@@ -82,6 +139,7 @@ const (
 func (f *follower) run() {
 	interval := shortestPoll
 	deaf := false // notifications are not what they should be
+	var look lookout
 	timer := time.NewTimer(interval)
 	defer timer.Stop()
 	for {
@@ -93,8 +151,19 @@ func (f *follower) run() {
 		case <-f.s.closing:
 			return
 		}
+		if look.begin(f.awaits.Load(), eventstore.Position(f.awaited.Load())) {
+			timer.Reset(shortestPoll)
+			waited = false
+		}
 		if f.followers.Load() == 0 {
-			timer.Reset(longestPoll)
+			if waited {
+				if look.pause > 0 {
+					if head, err := f.head(); err == nil && look.looked(head) {
+						f.s.notifier.tell(head)
+					}
+				}
+				timer.Reset(look.within(longestPoll))
+			}
 			continue
 		}
 		if !waited && eventstore.Position(f.hint.Load()) <= f.tail.Head() {
@@ -116,11 +185,15 @@ func (f *follower) run() {
 			timer.Reset(interval)
 			continue
 		}
+		looking := look.pause > 0
+		if head := f.tail.Head(); look.looked(head) {
+			f.s.notifier.tell(head)
+		}
 		heard := f.heard.Swap(false)
 		switch {
 		case heard:
 			deaf = false
-		case waited && moved && f.listening.Load():
+		case waited && moved && f.listening.Load() && !looking:
 			deaf = true // it should have been told
 		}
 		switch {
@@ -131,7 +204,7 @@ func (f *follower) run() {
 		default:
 			interval = min(2*interval, longestPoll)
 		}
-		timer.Reset(interval)
+		timer.Reset(look.within(interval))
 	}
 }
 
@@ -351,6 +424,14 @@ func (n *notifier) take() []string {
 	return names
 }
 
+// putBack keeps names that could not be told for the next time.
+func (n *notifier) putBack(names []string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.released = append(names, n.released...)
+	n.released = n.released[:min(len(n.released), mostReleased)]
+}
+
 // releases are those who want to hear of leases.
 type releases struct {
 	mu  sync.Mutex
@@ -392,15 +473,15 @@ const (
 	// betweenNotifications is the least time from one to the next.
 	betweenNotifications = 2 * time.Millisecond
 	// whileBusy is what that time grows to while busyGrowth events or more come in
-	// each millisecond: a notification costs the server and whoever listens about as
-	// much as a commit does, which is what many callers wait for.
+	// each millisecond: a notification is a transaction, and wakes all who listen.
 	whileBusy  = 8 * time.Millisecond
 	busyGrowth = 5
 )
 
-// pauseAfter returns the pause that follows one in which so many events have come.
-func pauseAfter(pause time.Duration, events int64) time.Duration {
-	if events < busyGrowth*int64(pause/time.Millisecond) {
+// pauseAfter returns the pause that follows one when so many events have come in
+// the time since the last notification was made.
+func pauseAfter(pause time.Duration, events int64, since time.Duration) time.Duration {
+	if events < busyGrowth*since.Milliseconds() {
 		return betweenNotifications
 	}
 	return min(2*pause, whileBusy)
@@ -409,7 +490,7 @@ func pauseAfter(pause time.Duration, events int64) time.Duration {
 func newNotifier(s *Store) *notifier { return &notifier{s: s, wake: make(chan struct{}, 1)} }
 
 func (n *notifier) tell(head eventstore.Position) {
-	n.head.Store(uint64(head))
+	raise(&n.head, uint64(head))
 	poke(n.wake)
 }
 
@@ -450,14 +531,20 @@ func (n *notifier) run() {
 				conn = nil
 			}
 		}
+		began := time.Now()
 		if head := n.head.Load(); err == nil && head != told {
 			_, err = conn.Exec(ctx, n.s.texts.notify, n.s.channel(), strconv.FormatUint(head, 10))
 			if err == nil {
 				told = head
 			}
 		}
-		if names := n.take(); err == nil && len(names) > 0 {
-			_, err = conn.Exec(ctx, n.s.texts.notifyAll, n.s.channel(), names)
+		if names := n.take(); len(names) > 0 {
+			if err == nil {
+				_, err = conn.Exec(ctx, n.s.texts.notifyAll, n.s.channel(), names)
+			}
+			if err != nil {
+				n.putBack(names)
+			}
 		}
 		cancel()
 		wait := pause
@@ -468,7 +555,11 @@ func (n *notifier) run() {
 		timer := time.NewTimer(wait)
 		select {
 		case <-timer.C:
-			pause = pauseAfter(pause, int64(n.head.Load()-told))
+			if err != nil {
+				poke(n.wake) // it is still to be told
+				continue
+			}
+			pause = pauseAfter(pause, int64(n.head.Load()-told), time.Since(began))
 		case <-n.s.base.Done():
 			timer.Stop()
 		}

@@ -127,14 +127,14 @@ func TestNotifier_PauseAfter(t *testing.T) {
 	t.Parallel()
 	pause := betweenNotifications
 	for range 3 {
-		pause = pauseAfter(pause, 9)
+		pause = pauseAfter(pause, 9, pause)
 		require.Equal(t, betweenNotifications, pause, "a writer that waits for each commit")
 	}
 	for _, want := range []time.Duration{4, 8, 8} {
-		pause = pauseAfter(pause, 5*int64(pause/time.Millisecond))
+		pause = pauseAfter(pause, 5*pause.Milliseconds(), pause)
 		require.Equal(t, want*time.Millisecond, pause, "many writers")
 	}
-	require.Equal(t, betweenNotifications, pauseAfter(pause, 39), "less than that for as long as the pause was")
-	require.Equal(t, betweenNotifications, pauseAfter(pause, 0))
-	require.Equal(t, betweenNotifications, pauseAfter(pause, -3), "an older outcome was looked up")
+	require.Equal(t, betweenNotifications, pauseAfter(pause, 39, pause), "less than that for as long as the pause was")
+	require.Equal(t, betweenNotifications, pauseAfter(pause, 40, pause+time.Millisecond), "the notification took a while")
+	require.Equal(t, betweenNotifications, pauseAfter(pause, 0, pause))
 }

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -326,8 +327,72 @@ func TestStore_AppendTx_BesideAppend(t *testing.T) {
 	}
 }
 
-// The follower learns of the transaction's events by looking at the log: within
-// half a second where nobody tells it, and from then on sooner.
+// Other processes are told of the transaction's events, which nobody sees being
+// committed, whether or not anybody here wants to know.
+func TestStore_AppendTx_IsTold(t *testing.T) {
+	t.Parallel()
+	for _, followed := range []bool{false, true} {
+		t.Run(fmt.Sprint("followed ", followed), func(t *testing.T) {
+			t.Parallel()
+			url := pgtest.Database(t)
+			s := openURL(t, url)
+			if followed {
+				watch(t, s).at(0)
+			}
+			conn, listener := direct(t, url), direct(t, url)
+			do(t, listener, "LISTEN "+pgx.Identifier{s.channel()}.Sanitize())
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			for n := range 5 {
+				tx := begin(t, conn)
+				r, err := s.AppendTx(t.Context(), tx, commit(event(account("ann"), fmt.Sprint(n))))
+				require.NoError(t, err)
+				if n == 3 {
+					// One that is rolled back is looked for in vain, and does not keep the next one back.
+					require.NoError(t, tx.Rollback(t.Context()))
+					continue
+				}
+				require.NoError(t, tx.Commit(t.Context()))
+				told, err := listener.WaitForNotification(ctx)
+				require.NoError(t, err, "nobody was told")
+				require.Equal(t, fmt.Sprint(r.Last), told.Payload)
+			}
+		})
+	}
+}
+
+// What a transaction will have written is looked for soon, then less often, and not
+// for ever.
+func TestLookout(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var l lookout
+		require.False(t, l.begin(0, 0), "nothing is awaited")
+		require.Equal(t, time.Second, l.within(time.Second))
+		require.False(t, l.looked(7))
+		require.True(t, l.begin(1, 9))
+		require.False(t, l.begin(1, 9))
+		require.True(t, l.looked(7), "nobody was told of what was there")
+		for _, want := range []time.Duration{10, 20, 40, 80, 100, 100} {
+			require.Equal(t, want*time.Millisecond, l.within(time.Second))
+			require.Equal(t, time.Millisecond, l.within(time.Millisecond))
+			require.False(t, l.looked(7))
+		}
+		require.True(t, l.begin(2, 8), "the first one was rolled back")
+		require.False(t, l.begin(3, 8), "it is about to look: those who come all the time do not keep it from that")
+		require.True(t, l.looked(8))
+		require.False(t, l.looked(9), "it is over")
+		require.True(t, l.begin(4, 8), "it was rolled back and is written again")
+		time.Sleep(mostAwaited + 1)
+		require.False(t, l.looked(8))
+		require.True(t, l.begin(5, 12))
+		time.Sleep(mostAwaited + 1)
+		require.True(t, l.looked(10))
+		require.Equal(t, time.Hour, l.within(time.Hour), "it was not given up")
+	})
+}
+
+// Subscribers of this process and of others get the transaction's events.
 func TestStore_AppendTx_IsSeen(t *testing.T) {
 	t.Parallel()
 	url := pgtest.Database(t)
