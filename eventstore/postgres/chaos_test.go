@@ -524,6 +524,7 @@ func TestChaos(t *testing.T) {
 		child.hears(chaosReady)
 	}
 	c.read()
+	began := time.Now()
 	if long() {
 		c.terror(time.Duration(5000+c.random.IntN(6000)) * time.Millisecond)
 		c.restart()
@@ -538,7 +539,7 @@ func TestChaos(t *testing.T) {
 		c.restart()
 		c.terror(5 * time.Second)
 		c.pause(1+c.random.IntN(2), 0, goesOn)
-		c.terror(8 * time.Second)
+		c.terror(max(5*time.Second, time.Minute-time.Since(began)))
 	} else {
 		c.terror(time.Second)
 		c.restart()
@@ -549,6 +550,12 @@ func TestChaos(t *testing.T) {
 	}
 	ev := c.finish()
 	t.Log(c.summary(ev))
+	require.Positive(t, c.terminated)
+	require.NotEmpty(t, ev.log)
+	if long() {
+		require.Equal(t, 2, c.restarts)
+		require.GreaterOrEqual(t, time.Since(began), time.Minute)
+	}
 	requireSound(t, ev)
 }
 

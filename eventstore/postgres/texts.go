@@ -9,8 +9,7 @@ type texts struct {
 	appendEvents, appendBatch        string
 	commitMode                       string // how batches are committed; "" for as the session says
 	copyEvents, copyTags             string
-	copyKeys, lock, lockFirst        string
-	lockTimed                        string
+	copyKeys, lock, lockTimed        string
 	ends, notify, notifyAll, written string
 }
 
@@ -31,7 +30,6 @@ func newTexts(schema string) texts {
 		copyKeys:     with("COPY {schema}.keys (key, fingerprint, first, last) FROM STDIN (FORMAT binary)"),
 		lock:         with("SELECT {schema}.lock_log($1)"),
 		lockTimed:    "SELECT clock_timestamp(), pg_advisory_xact_lock($1), clock_timestamp()",
-		lockFirst:    "SELECT pg_advisory_xact_lock($1)",
 		ends: with(`SELECT e.position, e.id FROM (VALUES (1)) AS one (row)
 			LEFT JOIN LATERAL (SELECT position, id FROM {schema}.events ORDER BY position DESC LIMIT 1) e ON true`),
 		written: with(`SELECT f.id, e.position, e.version FROM (SELECT e.position, e.id, n.size FROM {schema}.events e

@@ -165,7 +165,7 @@ func appendExecute(b []byte, name string, parameters ...int64) []byte {
 	for _, p := range parameters {
 		b = fieldInt64(b, p)
 	}
-	b = appendInt16(b, 0) // results are text
+	b = appendInt16(appendInt16(b, 1), 1) // all results are binary
 	binary.BigEndian.PutUint32(b[at:], uint32(len(b)-at))
 	b = append(appendInt32(append(b, 'E'), 4+1+4), 0)
 	return appendInt32(b, 0) // all rows

@@ -180,7 +180,7 @@ func (c *committer) prepare() error {
 	defer cancel()
 	texts, trip := c.s.texts, c.conn.PgConn().StartPipeline(ctx)
 	for _, one := range [][2]string{
-		{preparedLock, texts.lockFirst}, {preparedEvents, texts.copyEvents}, {preparedTags, texts.copyTags}, {preparedKeys, texts.copyKeys}, {preparedCommit, "COMMIT"},
+		{preparedLock, texts.lockTimed}, {preparedEvents, texts.copyEvents}, {preparedTags, texts.copyTags}, {preparedKeys, texts.copyKeys}, {preparedCommit, "COMMIT"},
 	} {
 		trip.SendPrepare(one[0], one[1], nil)
 	}
@@ -327,7 +327,6 @@ func (c *committer) exchange(message []byte) (exchanged, error) {
 		sent()
 	}
 	var failure error
-	locked := began
 	for {
 		answer, err := conn.ReceiveMessage(context.Background())
 		if err != nil {
@@ -339,15 +338,17 @@ func (c *committer) exchange(message []byte) (exchanged, error) {
 		}
 		switch m := answer.(type) {
 		case *pgproto3.DataRow:
-			// The only row is that of the lock.
-			locked = time.Now()
-			out.wait = locked.Sub(began)
+			// The only row is that of the lock: when it was asked for, and when it was there,
+			// in microseconds. It comes when the COPY begins, which may have waited, too.
+			if v := m.Values; len(v) == 3 && len(v[0]) == 8 && len(v[2]) == 8 {
+				out.wait = max(0, time.Duration(binary.BigEndian.Uint64(v[2])-binary.BigEndian.Uint64(v[0]))*time.Microsecond)
+			}
 		case *pgproto3.ErrorResponse:
 			if failure == nil {
 				failure = pgconn.ErrorResponseToPgError(m)
 			}
 		case *pgproto3.ReadyForQuery:
-			out.hold = time.Since(locked)
+			out.hold = max(0, time.Since(began)-out.wait)
 			if err := conn.Conn().SetDeadline(time.Time{}); err != nil && failure == nil {
 				failure = err
 			}
