@@ -10,6 +10,8 @@
 //
 //	sqlite:shop.db
 //	postgres://ann:secret@db.example.org/shop
+//	nats://nats.example.org:4222/?stream=shop
+//	esdb://esdb.example.org:2113?tls=true
 //	memory:
 //
 // A store in memory is empty and ends with the command: it is for measuring.

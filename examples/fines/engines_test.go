@@ -9,9 +9,10 @@ import (
 
 	"github.com/deed-go/deed/eventstore/sqlite"
 	"github.com/deed-go/deed/internal/esdbserver"
+	"github.com/deed-go/deed/internal/pgtest"
 )
 
-// TestEngines replays the sample on NATS and EventStoreDB: the domain code and
+// TestEngines replays the sample on PostgreSQL, NATS and EventStoreDB: the domain code and
 // the report are the same. Finished replays are found again, with and without
 // the read models.
 func TestEngines(t *testing.T) {
@@ -30,6 +31,12 @@ func TestEngines(t *testing.T) {
 		run(t, name, "-db", db)
 		run(t, name) // read models in memory: made anew
 	}
+	t.Run("postgres", func(t *testing.T) {
+		t.Parallel()
+		name := pgtest.Database(t)
+		run(t, name)
+		run(t, name) // nothing is left to do
+	})
 	t.Run("nats", func(t *testing.T) {
 		t.Parallel()
 		again(t, "nats:"+t.TempDir())

@@ -24,6 +24,7 @@ import (
 	"github.com/deed-go/deed"
 	"github.com/deed-go/deed/eventstore/sqlite"
 	"github.com/deed-go/deed/internal/metatest"
+	"github.com/deed-go/deed/internal/pgtest"
 )
 
 // TestMain lets the test binary be the program itself, so that it can be
@@ -33,7 +34,7 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(pgtest.Main(m))
 }
 
 // expectedSample is the oracle's report on the sample, as JSON.
