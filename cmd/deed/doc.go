@@ -14,6 +14,11 @@
 //	esdb://esdb.example.org:2113?tls=true
 //	memory:
 //
+// Of several logs in a database of PostgreSQL, schema=NAME says which one; behind a
+// pooler in transaction mode say pooled=true:
+//
+//	postgres://ann:secret@pooler.example.org:6432/shop?schema=orders&pooled=true
+//
 // A store in memory is empty and ends with the command: it is for measuring.
 // Passwords are never printed. What only looks makes nothing: a file that does
 // not exist is refused, and so is a server's database without the schema. An

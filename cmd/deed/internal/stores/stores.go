@@ -12,7 +12,6 @@ import (
 	"github.com/deed-go/deed/eventstore"
 	"github.com/deed-go/deed/eventstore/esdb"
 	"github.com/deed-go/deed/eventstore/memory"
-	"github.com/deed-go/deed/eventstore/postgres"
 	"github.com/deed-go/deed/eventstore/sqlite"
 )
 
@@ -71,20 +70,12 @@ func Known() Table {
 			Migrate:    migrateSQLite,
 		},
 		{
-			Schemes: []string{"postgres", "postgresql"},
-			Example: "postgres://USER:PASSWORD@HOST/DATABASE",
-			Shared:  true,
-			Open: func(_ context.Context, dsn string, mode Mode) (eventstore.Opener, error) {
-				if mode == Existing {
-					return postgres.URL(dsn, postgres.WithoutMigration()), nil
-				}
-				return postgres.URL(dsn), nil
-			},
-			Migrations: func(string) ([]Migration, error) { return postgresMigrations(postgres.Migrations()), nil },
-			Migrate: func(ctx context.Context, dsn string) ([]Migration, error) {
-				applied, err := postgres.Migrate(ctx, dsn)
-				return postgresMigrations(applied), err
-			},
+			Schemes:    []string{"postgres", "postgresql"},
+			Example:    "postgres://USER:PASSWORD@HOST/DATABASE",
+			Shared:     true,
+			Open:       openPostgres,
+			Migrations: printPostgres,
+			Migrate:    migratePostgres,
 		},
 		{
 			Schemes:   []string{"nats"},
@@ -117,14 +108,6 @@ func Known() Table {
 			},
 		},
 	}
-}
-
-func postgresMigrations(steps []postgres.Migration) []Migration {
-	var all []Migration
-	for _, m := range steps {
-		all = append(all, Migration{Version: m.Version, Name: m.Name, SQL: m.In(postgres.DefaultSchema)})
-	}
-	return all
 }
 
 func openSQLite(_ context.Context, dsn string, mode Mode) (eventstore.Opener, error) {

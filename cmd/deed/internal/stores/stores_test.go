@@ -13,9 +13,10 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/deed-go/deed/eventstore"
+	"github.com/deed-go/deed/internal/pgtest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { goleak.VerifyTestMain(pgtest.Main(m)) }
 
 func TestTable_Parse(t *testing.T) {
 	t.Parallel()
