@@ -59,8 +59,8 @@ func (s *Store) Durability(ctx context.Context) (string, error) {
 	if err := f.read(ctx, conn.Conn()); err != nil {
 		return "", err
 	}
-	if mode := f.commitMode(s.settings.synchronousCommit); mode != "" {
-		f.synchronousCommit = mode // as appends ask for it, wherever this session stands
+	if s.commitMode != "" {
+		f.synchronousCommit = s.commitMode // as appends ask for it, wherever this session stands
 	}
 	text := "fsync=" + f.fsync + ", synchronous_commit=" + f.synchronousCommit
 	if f.fsync != "on" || f.synchronousCommit == "off" {

@@ -158,7 +158,11 @@ func (f *follower) run() {
 		if f.followers.Load() == 0 {
 			if waited {
 				if look.pause > 0 {
-					if head, err := f.head(); err == nil && look.looked(head) {
+					head, err := f.head()
+					if err != nil {
+						head = 0
+					}
+					if look.looked(head) {
 						f.s.notifier.tell(head)
 					}
 				}
@@ -508,7 +512,7 @@ func (n *notifier) run() {
 		}
 	}
 	defer hangUp()
-	told, pause := uint64(0), betweenNotifications
+	told, pause, failed := uint64(0), betweenNotifications, time.Duration(0)
 	for last := false; !last; {
 		select {
 		case <-n.wake:
@@ -550,7 +554,10 @@ func (n *notifier) run() {
 		wait := pause
 		if err != nil {
 			hangUp()
-			wait = longestPoll // those who wait are polling
+			failed = min(max(2*failed, longestPoll), longestPause) // those who wait are polling
+			wait = failed
+		} else {
+			failed = 0
 		}
 		timer := time.NewTimer(wait)
 		select {
@@ -562,6 +569,9 @@ func (n *notifier) run() {
 			pause = pauseAfter(pause, int64(n.head.Load()-told), time.Since(began))
 		case <-n.s.base.Done():
 			timer.Stop()
+			if err != nil {
+				poke(n.wake) // once more, if this was not the last time
+			}
 		}
 	}
 }

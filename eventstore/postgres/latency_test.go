@@ -1,11 +1,13 @@
 package postgres
 
 import (
+	"context"
 	"fmt"
 	"slices"
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
@@ -137,4 +139,47 @@ func TestNotifier_PauseAfter(t *testing.T) {
 	require.Equal(t, betweenNotifications, pauseAfter(pause, 39, pause), "less than that for as long as the pause was")
 	require.Equal(t, betweenNotifications, pauseAfter(pause, 40, pause+time.Millisecond), "the notification took a while")
 	require.Equal(t, betweenNotifications, pauseAfter(pause, 0, pause))
+}
+
+// What could not be told is told later, the names of leases too; and before the end,
+// where that is possible.
+func TestNotifier_TriesAgain(t *testing.T) {
+	t.Parallel()
+	db := pgtest.Database(t)
+	network := pgtest.Proxy(t, db)
+	listener := direct(t, db)
+	s := openURL(t, network.URL())
+	do(t, listener, "LISTEN "+pgx.Identifier{s.channel()}.Sanitize())
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	heard := func(want string) { // it may come twice, when the answer is lost
+		t.Helper()
+		for {
+			n, err := listener.WaitForNotification(ctx)
+			require.NoError(t, err, want)
+			if n.Payload == want {
+				return
+			}
+		}
+	}
+	s.notifier.tell(7)
+	heard("7")
+	for i := range 2 {
+		network.Refuse(true)
+		network.Cut()
+		s.notifier.lease(fmt.Sprint("lease ", i))
+		eventually(t, func() bool { return len(s.notifier.wake) == 0 }, "it was not tried")
+		eventually(t, func() bool {
+			s.notifier.mu.Lock()
+			defer s.notifier.mu.Unlock()
+			return len(s.notifier.released) > 0
+		}, "%d was forgotten", i)
+		s.notifier.tell(eventstore.Position(8 + i))
+		network.Refuse(false)
+		if i == 1 {
+			require.NoError(t, s.Close())
+		}
+		heard(fmt.Sprint(8 + i))
+		heard(fmt.Sprint(releasedPrefix, "lease ", i))
+	}
 }

@@ -187,7 +187,7 @@ func TestMembers_Told(t *testing.T) {
 	heir := start(stores[1], "heir")
 	eventually(t, func() bool { return heir.owns() > 0 }, "it does not take its part")
 	require.Less(t, heir.owns(), dividedUnits)
-	// A notifier that has a connection already: one that takes long to have one gives up.
+	// A notifier that has a connection already: one that takes long to have one tries again later.
 	listener := direct(t, url)
 	do(t, listener, "LISTEN "+pgx.Identifier{stores[0].channel()}.Sanitize())
 	for told := false; !told; {

@@ -16,9 +16,9 @@ type Stats struct {
 	// Batches were committed with so many Commits and Events, in these forms.
 	Batches, Commits, Events   uint64
 	Copies, Calls, DoubleTrips uint64
-	// LockWait is how long, at most, batches have waited for the log's lock, way to
-	// the server included where it cannot be told apart; LockHold is how long, at
-	// most, they have held it, commit included.
+	// LockWait is how long batches have waited for the log's lock, by the server's
+	// clock; LockHold is how long, at most, they have held it, commit and the way to the
+	// server included.
 	LockWait, LockHold time.Duration
 	// Collisions are batches that were refused because something was there
 	// already (23505) and judged again.

@@ -272,7 +272,7 @@ func everything(t testing.TB, url string, options ...Option) error {
 			return err
 		}
 		// A stopped holder of the lock can be ended: that needs no right either.
-		s.unblock(conn)
+		s.unblock(conn, 0)
 		_ = s.Close()
 		var members int
 		if err := conn.QueryRow(ctx, "SELECT count(*) FROM deed.members").Scan(&members); err != nil {

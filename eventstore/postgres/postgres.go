@@ -53,6 +53,8 @@ type Store struct {
 	inline   atomic.Pointer[[]*projection.Appends]
 	tables   sync.Map // name -> id of the state's tables, committed ones only
 	meter    *meter
+	// commitMode is the synchronous_commit that appends ask for; "" for what the server says.
+	commitMode string
 
 	closeOnce sync.Once
 }
@@ -369,6 +371,7 @@ func (s *Store) prepare(ctx context.Context) error {
 	}
 	s.config.OnNotification = nil
 	mode := server.commitMode(s.settings.synchronousCommit)
+	s.commitMode = mode
 	if s.settings.pooled {
 		// Sessions cannot be told: each transaction that appends is.
 		if mode != "" {

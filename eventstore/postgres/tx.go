@@ -17,7 +17,8 @@ import (
 // It takes the log's lock, and keeps it until the transaction ends: every other
 // append waits for that. So do everything else first, append last, and commit
 // at once. A session that is idle in the transaction for more than 5 seconds
-// after it is ended by the server. A commit that fails (ErrConflict,
+// after it is ended by the server, and for more than 2 by others that have waited
+// for the lock for 3. A commit that fails (ErrConflict,
 // ErrKeyReused and so on) gives the lock back and leaves the transaction as it
 // was before.
 //
@@ -29,8 +30,8 @@ import (
 //
 // The receipt holds once the transaction is committed; until then nobody else
 // sees the events. Since the store does not see the commit, it looks for the events for
-// a while, every 5 milliseconds at first and every 100 later, and then tells subscribers
-// here and in other processes. Do not execute commands within the
+// a while, after 5 milliseconds at first and every 100 later, and then tells subscribers
+// here and in other processes, unless there is a pooler between. Do not execute commands within the
 // transaction: they could not see what it has written.
 //
 // The transaction must be one of the database that the log is in, READ
@@ -65,9 +66,10 @@ func (s *Store) AppendTx(ctx context.Context, tx pgx.Tx, c eventstore.Commit) (e
 		return eventstore.Receipt{}, err
 	}
 	receipt, err := s.appendTx(ctx, tx, e)
-	if code(err) == "55P03" {
+	if _, kept := errors.AsType[lockKept](err); kept {
 		// Whoever has the lock may be stopped, and then nobody else ends its session.
-		if failed := s.reading(ctx, "append", func(_ context.Context, conn *pgx.Conn) error { s.unblock(conn); return nil }); failed == nil {
+		own := tx.Conn().PgConn().PID()
+		if failed := s.reading(ctx, "append", func(_ context.Context, conn *pgx.Conn) error { s.unblock(conn, own); return nil }); failed == nil {
 			receipt, err = s.appendTx(ctx, tx, e)
 		}
 	}
@@ -76,6 +78,11 @@ func (s *Store) AppendTx(ctx context.Context, tx pgx.Tx, c eventstore.Commit) (e
 	}
 	return receipt, err
 }
+
+// lockKept is the error of who has waited for the log's lock in vain.
+type lockKept struct{ error }
+
+func (e lockKept) Unwrap() error { return e.error }
 
 // appendTx appends within a savepoint: what was locked there is given back when that
 // is undone.
@@ -131,7 +138,11 @@ func (s *Store) appendWithin(ctx context.Context, tx pgx.Tx, e *entry) (eventsto
 	lock.Queue("SET LOCAL idle_in_transaction_session_timeout = '5s'")
 	lock.Queue(s.texts.lock, s.lock)
 	if err := tx.SendBatch(ctx, lock).Close(); err != nil {
-		return eventstore.Receipt{}, unavailable("append: take the lock of the log", err)
+		kept := code(err) == "55P03"
+		if err = unavailable("append: take the lock of the log", err); kept {
+			err = lockKept{err}
+		}
+		return eventstore.Receipt{}, err
 	}
 	head, err := s.headWithin(ctx, tx)
 	if err != nil {
@@ -193,8 +204,8 @@ func (s *Store) headWithin(ctx context.Context, tx pgx.Tx) (eventstore.Position,
 // unblock ends sessions that keep the lock while their client is stopped: they
 // have sent a part of a message, or are idle in the transaction, and nothing
 // has come from the client for a while. Sessions of the same role may be ended
-// without further rights.
-func (s *Store) unblock(conn *pgx.Conn) {
+// without further rights. The session of one process of the server is left alone.
+func (s *Store) unblock(conn *pgx.Conn, but uint32) {
 	ctx, cancel := context.WithTimeout(s.base, closingPatience)
 	defer cancel()
 	var ended int64
@@ -204,7 +215,7 @@ func (s *Store) unblock(conn *pgx.Conn) {
 		  AND l.classid = (($1::bigint >> 32) & 4294967295)::oid AND l.objid = ($1::bigint & 4294967295)::oid
 		  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 		  AND a.wait_event_type = 'Client' AND a.state_change < clock_timestamp() - interval '2 seconds'
-		  AND a.usesysid = (SELECT oid FROM pg_roles WHERE rolname = current_user)`, s.lock).Scan(&ended)
+		  AND a.pid <> $2 AND a.usesysid = (SELECT oid FROM pg_roles WHERE rolname = current_user)`, s.lock, int32(but)).Scan(&ended)
 	if err == nil {
 		s.meter.ended(ended)
 	}

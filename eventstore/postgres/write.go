@@ -136,7 +136,7 @@ func (c *committer) write(b *batch, how form) (*landing, error) {
 		}
 		return nil, c.lookup(b, &questions{refresh: true})
 	case "55P03":
-		c.s.unblock(c.conn)
+		c.s.unblock(c.conn, 0)
 	}
 	return nil, err
 }

@@ -20,33 +20,47 @@ type postgresLog struct {
 
 // parsePostgres takes what is deed's out of a DSN: schema=NAME says which of several
 // logs of a database, pooled=true that there is a pooler in transaction mode on the way.
+// Everything else stays as it is, byte for byte: how it is read is the driver's affair,
+// who may for example have a question mark in a password.
 func parsePostgres(dsn string) (postgresLog, error) {
 	log := postgresLog{url: dsn, schema: postgres.DefaultSchema}
-	// Not by url.Parse, which does not know of several hosts with ports.
-	base, rest, _ := strings.Cut(dsn, "?")
-	query, err := url.ParseQuery(rest)
-	if err != nil {
-		return log, nil //nolint:nilerr // the driver says what is wrong with it
-	}
-	if !query.Has("schema") && !query.Has("pooled") {
+	at := strings.Index(dsn, "://") + len("://")
+	authority, _, _ := strings.Cut(dsn[at:], "/")
+	at += strings.LastIndexByte(authority, '@') + 1
+	mark := strings.IndexByte(dsn[at:], '?')
+	if mark < 0 {
 		return log, nil
 	}
-	if query.Has("schema") {
-		log.schema = query.Get("schema")
-		log.options = append(log.options, postgres.Schema(log.schema))
-	}
-	if query.Has("pooled") {
-		switch pooled, err := strconv.ParseBool(query.Get("pooled")); {
+	at += mark
+	var others []string
+	for pair := range strings.SplitSeq(dsn[at+1:], "&") {
+		key, value, _ := strings.Cut(pair, "=")
+		if key != "schema" && key != "pooled" {
+			others = append(others, pair)
+			continue
+		}
+		value, err := url.PathUnescape(value)
+		if err != nil {
+			return log, fmt.Errorf("%w: %s in the store's name: %w", eventstore.ErrInvalid, key, err)
+		}
+		if key == "schema" {
+			// As postgres.Schema does, whose answer would come too late for what is only printed.
+			if value == "" || len(value) > 63 || strings.ContainsAny(value, "\x00$") {
+				return log, fmt.Errorf("%w: schema=%q in the store's name: use 1 to 63 bytes, and no $", eventstore.ErrInvalid, value)
+			}
+			log.schema = value
+			log.options = append(log.options, postgres.Schema(value))
+			continue
+		}
+		switch pooled, err := strconv.ParseBool(value); {
 		case err != nil:
-			return log, fmt.Errorf("%w: pooled=%q in the store's name: say pooled=true, or leave it out", eventstore.ErrInvalid, query.Get("pooled"))
+			return log, fmt.Errorf("%w: pooled=%q in the store's name: say pooled=true, or leave it out", eventstore.ErrInvalid, value)
 		case pooled:
 			log.options = append(log.options, postgres.Pooled())
 		}
 	}
-	query.Del("schema")
-	query.Del("pooled")
-	if log.url = base; len(query) > 0 {
-		log.url += "?" + query.Encode()
+	if log.url = dsn[:at]; len(others) > 0 {
+		log.url += "?" + strings.Join(others, "&")
 	}
 	return log, nil
 }

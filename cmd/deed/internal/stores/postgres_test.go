@@ -17,13 +17,16 @@ func TestParsePostgres(t *testing.T) {
 		url, schema string
 		options     int
 	}{
-		"postgres://ann:se%2Fcret@h:5432/s":                                               {"postgres://ann:se%2Fcret@h:5432/s", "deed", 0},
-		"postgres://h/s?sslmode=disable&application_name=a+b":                             {"postgres://h/s?sslmode=disable&application_name=a+b", "deed", 0},
-		"postgres://ann:se%2Fcret@h/s?schema=orders":                                      {"postgres://ann:se%2Fcret@h/s", "orders", 1},
-		"postgresql://h/s?pooled=true&sslmode=disable":                                    {"postgresql://h/s?sslmode=disable", "deed", 1},
-		"postgres://h1:5432,h2:5433/s?pooled=0&schema=a%26b&target_session_attrs=primary": {"postgres://h1:5432,h2:5433/s?target_session_attrs=primary", "a&b", 1},
-		"postgres://ann:%zz@h/s":                                                          {"postgres://ann:%zz@h/s", "deed", 0},
-		"postgres://h/s?schema=%zz":                                                       {"postgres://h/s?schema=%zz", "deed", 0},
+		"postgres://ann:se%2Fcret@h:5432/s":                                                     {"postgres://ann:se%2Fcret@h:5432/s", "deed", 0},
+		"postgres://h/s?sslmode=disable&application_name=a+b":                                   {"postgres://h/s?sslmode=disable&application_name=a+b", "deed", 0},
+		"postgres://ann:se%2Fcret@h/s?schema=orders":                                            {"postgres://ann:se%2Fcret@h/s", "orders", 1},
+		"postgres://ann:%zz@h/s":                                                                {"postgres://ann:%zz@h/s", "deed", 0},
+		"postgres://ann:se?cret@h/s?sslmode=disable&schema=orders":                              {"postgres://ann:se?cret@h/s?sslmode=disable", "orders", 1},
+		"postgres://ann:se?schema=x@h/s":                                                        {"postgres://ann:se?schema=x@h/s", "deed", 0},
+		"postgres://h/s?schema=orders&options=-c%20a%3Db&sslmode=disable&ssl=true&password=a;b": {"postgres://h/s?options=-c%20a%3Db&sslmode=disable&ssl=true&password=a;b", "orders", 1},
+		"postgres:///s?schema=a+b":                                                              {"postgres:///s", "a+b", 1},
+		"postgresql://h/s?pooled=true&sslmode=disable":                                          {"postgresql://h/s?sslmode=disable", "deed", 1},
+		"postgres://h1:5432,h2:5433/s?pooled=0&schema=a%26b&target_session_attrs=primary":       {"postgres://h1:5432,h2:5433/s?target_session_attrs=primary", "a&b", 1},
 	} {
 		got, err := parsePostgres(dsn)
 		require.NoError(t, err, dsn)
@@ -31,9 +34,12 @@ func TestParsePostgres(t *testing.T) {
 		require.Equal(t, want.schema, got.schema)
 		require.Len(t, got.options, want.options, dsn)
 	}
-	_, err := parsePostgres("postgres://h/s?pooled=perhaps")
-	require.ErrorIs(t, err, eventstore.ErrInvalid)
-	require.ErrorContains(t, err, `pooled="perhaps"`)
+	for _, wrong := range []string{"pooled=perhaps", "pooled", "schema=", "schema=%zz", "schema=a$b", "schema=" + strings.Repeat("x", 64)} {
+		_, err := parsePostgres("postgres://ann:secret@h/s?" + wrong)
+		require.ErrorIs(t, err, eventstore.ErrInvalid, wrong)
+		require.ErrorContains(t, err, wrong[:6])
+		require.NotContains(t, err.Error(), "secret")
+	}
 }
 
 // Each schema of a database is a log of its own, for every command.
