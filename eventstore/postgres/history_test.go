@@ -48,6 +48,7 @@ func waiters(t testing.TB, conn *pgx.Conn, s *Store) (log, held int) {
 // waits for the slow one, and nobody sees anything until then.
 func TestHistory_PositionsAreVisibleInOrder(t *testing.T) {
 	t.Parallel()
+	other := eventstore.Stream{Category: "invoice", ID: "fast"} // locks per category let it pass (message-db)
 	for _, slow := range forms {
 		for _, fast := range forms {
 			t.Run(fmt.Sprintf("%s_before_%s", slow, fast), func(t *testing.T) {
@@ -55,7 +56,7 @@ func TestHistory_PositionsAreVisibleInOrder(t *testing.T) {
 				url := pgtest.Database(t)
 				s, f := openURL(t, url, always(slow)), openURL(t, url, always(fast))
 				seen := []*spy{watch(t, s), watch(t, f), watch(t, openURL(t, url, Tail(1, 1)))}
-				mustAppend(t, s, commit(event(account("slow"), "noted"), event(account("fast"), "noted")))
+				mustAppend(t, s, commit(event(account("slow"), "noted"), event(other, "noted")))
 				mustAppend(t, f, commit(event(account("warm"), "noted")))
 				conn, holder := direct(t, url), direct(t, url)
 				release := holdInserts(t, holder, "account-slow")
@@ -66,7 +67,7 @@ func TestHistory_PositionsAreVisibleInOrder(t *testing.T) {
 				}()
 				eventually(t, func() bool { _, held := waiters(t, conn, s); return held == 1 }, "the slow writer is not held")
 				go func() {
-					_, err := f.Append(t.Context(), commit(event(account("fast"), "noted")))
+					_, err := f.Append(t.Context(), commit(event(other, "noted")))
 					answers <- err
 				}()
 				eventually(t, func() bool { log, _ := waiters(t, conn, s); return log == 1 }, "the fast writer does not wait")
@@ -75,13 +76,50 @@ func TestHistory_PositionsAreVisibleInOrder(t *testing.T) {
 				release()
 				require.NoError(t, errors.Join(<-answers, <-answers))
 				got := readAll(t, f, eventstore.All())
-				require.Equal(t, []eventstore.Stream{account("slow"), account("fast")}, []eventstore.Stream{got[3].Stream, got[4].Stream})
+				require.Equal(t, []eventstore.Stream{account("slow"), other}, []eventstore.Stream{got[3].Stream, got[4].Stream})
 				for _, spy := range seen {
 					spy.at(5)
 				}
 			})
 		}
 	}
+}
+
+// A clock that decides what comes after what loses the events of whoever is behind
+// (goes keeps the time of the newest event as its progress). Here one process is an hour
+// ahead of the other, and positions alone count.
+func TestHistory_ClocksThatDisagree(t *testing.T) {
+	t.Parallel()
+	url := pgtest.Database(t)
+	var stores []*Store
+	for _, off := range []time.Duration{time.Hour, -time.Hour} {
+		stores = append(stores, openURL(t, url, Now(func() time.Time { return time.Now().Add(off) })))
+	}
+	spies := []*spy{watch(t, stores[0]), watch(t, stores[1])}
+	const commits = 10
+	for n := range commits {
+		r := mustAppend(t, stores[n%2], commit(event(account("ann"), "noted")))
+		require.EqualValues(t, n+1, r.First)
+		for _, spy := range spies {
+			spy.at(r.Last)
+		}
+	}
+	all := readAll(t, stores[0], eventstore.All())
+	require.Len(t, all, commits)
+	earlier := 0
+	for n := range all[1:] {
+		if all[n+1].Time.Before(all[n].Time) {
+			earlier++
+		}
+		// Whoever has come so far goes on with exactly the rest.
+		var rest []eventstore.Recorded
+		for e, err := range stores[n%2].Read(t.Context(), eventstore.All(), eventstore.ReadOptions{After: all[n].Position}) {
+			require.NoError(t, err)
+			rest = append(rest, e)
+		}
+		require.Equal(t, all[n+1:], rest)
+	}
+	require.Equal(t, commits/2, earlier, "the clocks do not disagree")
 }
 
 // Readers behind a horizon of transaction ids stand still while any other
