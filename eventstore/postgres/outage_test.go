@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/require"
 
 	"github.com/deed-go/deed/eventstore"
@@ -800,6 +801,27 @@ func TestStore_Read_SessionsEnded(t *testing.T) {
 	}
 }
 
+// stopWithTheLock makes the bed's store send a batch but for its end, and waits until
+// it has the log's lock. Waits is closed when the store has its answer.
+func stopWithTheLock(b *bed, size int, conn *pgx.Conn) (stopped *line, waits chan struct{}) {
+	b.t.Helper()
+	stopping := b.arm(size-20, fate{late: true})
+	waits = make(chan struct{})
+	go func() {
+		defer close(waits)
+		b.round()
+	}()
+	stopped = <-stopping
+	eventually(b.t, func() bool { return locks(b.t, conn) == 1 }, "the stopped process does not have the lock")
+	return stopped, waits
+}
+
+// locks counts those who have a lock of a log, or wait for one.
+func locks(t testing.TB, conn *pgx.Conn) int {
+	t.Helper()
+	return scalar[int](t, conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())")
+}
+
 // A process is stopped in the middle of the message that has taken the lock:
 // its connection lives, and nothing comes. The others end its session after
 // three seconds of waiting, and what it had sent is not written.
@@ -813,22 +835,13 @@ func TestStore_StoppedWithTheLock(t *testing.T) {
 			other := openURL(t, b.url)
 			conn := direct(t, b.url)
 			b.cable.setRefuse(true) // it does not come back meanwhile
-			stopped := b.arm(size-20, fate{late: true})
-			waits := make(chan struct{})
-			go func() {
-				defer close(waits)
-				b.round()
-			}()
-			l := <-stopped
-			eventually(t, func() bool {
-				return scalar[int](t, conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())") == 1
-			}, "the stopped process does not have the lock")
+			stopped, waits := stopWithTheLock(b, size, conn)
 			began := time.Now()
 			_, err := b.audit.append(t.Context(), other, commit(event(account("free"), "noted")))
 			require.NoError(t, err)
 			require.Less(t, time.Since(began), 8*time.Second, "the lock was kept for too long")
 			require.EqualValues(t, 1, other.Stats().Unblocked)
-			<-l.gone
+			<-stopped.gone
 			b.cable.setRefuse(false)
 			<-waits
 			b.check()
@@ -844,16 +857,7 @@ func TestStore_AppendTx_StoppedWithTheLock(t *testing.T) {
 	other := openURL(t, b.url)
 	conn, watcher := direct(t, b.url), direct(t, b.url)
 	b.cable.setRefuse(true)
-	stopped := b.arm(size-20, fate{late: true})
-	waits := make(chan struct{})
-	go func() {
-		defer close(waits)
-		b.round()
-	}()
-	l := <-stopped
-	eventually(t, func() bool {
-		return scalar[int](t, watcher, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())") == 1
-	}, "the stopped process does not have the lock")
+	stopped, waits := stopWithTheLock(b, size, watcher)
 	tx := begin(t, conn)
 	c := commit(event(account("free"), "noted"))
 	r, err := other.AppendTx(t.Context(), tx, c)
@@ -861,7 +865,7 @@ func TestStore_AppendTx_StoppedWithTheLock(t *testing.T) {
 	require.NoError(t, tx.Commit(t.Context()))
 	b.audit.note(c, r, nil)
 	require.EqualValues(t, 1, other.Stats().Unblocked)
-	<-l.gone
+	<-stopped.gone
 	b.cable.setRefuse(false)
 	<-waits
 	b.check()
@@ -880,7 +884,7 @@ func TestStore_AppendTx_LeftIdle(t *testing.T) {
 	// By the server: nobody waits for the lock who would end it.
 	watcher := direct(t, url)
 	eventually(t, func() bool {
-		return scalar[int](t, watcher, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database = (SELECT oid FROM pg_database WHERE datname = current_database())") == 0
+		return locks(t, watcher) == 0
 	}, "it keeps the lock")
 	require.EqualValues(t, 1, mustAppend(t, s, commit(event(account("free"), "noted"))).First)
 	require.Zero(t, s.Stats().Unblocked)
