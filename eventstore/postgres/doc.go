@@ -82,8 +82,8 @@
 // # Several processes
 //
 // Subscribers learn of events of other processes by LISTEN and NOTIFY, in a
-// fraction of a millisecond when nothing else is going on, and within some ten
-// milliseconds while thousands of events come in each second. Notifications are
+// fraction of a millisecond when nothing else is going on; while thousands of events
+// come in each second, a process notifies every 8 milliseconds. Notifications are
 // sent after the commit, gathered, and outside of its transaction, and nothing
 // depends on them: the log is also looked at every half second, and every 5 to
 // 100 milliseconds where notifications do not come. Leases of projections and

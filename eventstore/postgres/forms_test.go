@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -92,11 +93,15 @@ func TestOpen_Timeouts(t *testing.T) {
 	conn, err := pgx.ConnectConfig(t.Context(), s.config)
 	require.NoError(t, err)
 	defer func() { require.NoError(t, conn.Close(t.Context())) }()
+	tcp := conn.PgConn().Conn().RemoteAddr().Network() == "tcp"
 	for name, want := range map[string]string{
 		"lock_timeout": "3s", "idle_in_transaction_session_timeout": "5s", "tcp_user_timeout": "10000",
 		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
 		"default_transaction_isolation": "read committed", "enable_seqscan": "off", "jit": "off",
 	} {
+		if strings.HasPrefix(name, "tcp_") && !tcp {
+			continue // it says 0 on a socket of the machine
+		}
 		require.Equal(t, want, scalar[string](t, conn, "SELECT current_setting($1)", name), name)
 	}
 }

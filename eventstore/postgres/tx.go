@@ -30,7 +30,7 @@ import (
 //
 // The receipt holds once the transaction is committed; until then nobody else
 // sees the events. Since the store does not see the commit, it looks for the events for
-// a while, after 5 milliseconds at first and every 100 later, and then tells subscribers
+// a while, after 5 milliseconds at first and then ever less often, and tells subscribers
 // here and in other processes, unless there is a pooler between. Do not execute commands within the
 // transaction: they could not see what it has written.
 //
